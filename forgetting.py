@@ -1,0 +1,60 @@
+"""Remedies against forgetting. Each is a small class of two methods, so that they add up and combine with `+`:
+
+    remember(task, model, samples)   after the stage of `task`: keep what the later stages will need
+    penalty(model, device)           in each training step of a later stage: a scalar to add to its loss
+"""
+import random
+from itertools import islice
+
+import numpy as np
+import torch
+
+from data import IGNORE, UserError, augmentation, collate, draw
+from losses import task_loss
+
+
+def classes_in(target):
+    """The set of class indices in one sample's target, background and ignore left out."""
+    values = target.get("mask", target.get("labels", target.get("label")))
+    return set(np.unique(values).tolist()) - ({0, IGNORE} if "mask" in target else set())
+
+
+class Replay:
+    """Rehearsal from a buffer (Robins 1995, "Catastrophic forgetting, rehearsal and pseudorehearsal").
+
+        L = L_new + weight · Σ_old L_old(images from the buffer)
+
+    At most 10 images per old task, chosen once with the run's seed so that they cover the classes, stored without
+    augmentation and augmented anew on each draw.
+    """
+
+    def __init__(self, args):
+        self.args, self.buffer = args, {}
+
+    def remember(self, task, model, samples):
+        if task not in self.args.replay_tasks:
+            return
+        labels = {i: classes_in(target) or {None} for i, (_, target) in enumerate(samples)}
+        chosen = islice(draw(labels, random.Random(self.args.seed)), self.args.replay_images)
+        self.buffer[task] = [samples[i] for i in chosen]
+
+    def penalty(self, model, device):
+        loss = 0.0
+        for task, stored in self.buffer.items():
+            augment = augmentation(task, self.args.image_size)
+            batch = torch.randperm(len(stored))[:self.args.replay_batch].tolist()
+            images, target = collate([augment(*stored[i]) for i in batch], device)
+            loss = loss + self.args.replay_weight * task_loss(model, task, images, target)
+        return loss
+
+
+REMEDIES = {"replay": Replay}
+
+
+def build(strategy, args):
+    """"replay" or "none", or several joined with + -> list of remedies. Raises UserError for an unknown name."""
+    names = [] if strategy == "none" else strategy.split("+")
+    for name in names:
+        if name not in REMEDIES:
+            raise UserError(f"--strategy {strategy}: unknown remedy '{name}'; choose none or {', '.join(REMEDIES)}.")
+    return [REMEDIES[name](args) for name in names]

@@ -1,0 +1,80 @@
+"""The three losses. Detection is a hand-written YOLO-style loss; here is one box of it in numbers.
+
+A dog stands at xyxy = (40, 60, 104, 124) of a 256×256 image: centre (72, 92), size 64×64. Its longer side is in
+[64, 128), so it belongs to the level of stride 16. Its centre lies in the cell of column floor(72 / 16) = 4 and row
+floor(92 / 16) = 5, row-major index 5 · 16 + 4 = 84 of that level's 16×16 map. The cell's centre is (4.5 · 16,
+5.5 · 16) = (72, 88), which makes the regression target
+
+    tx = (72 - 72) / 16 = 0      ty = (92 - 88) / 16 = 0.25      tw = th = log(64 / (4 · 16)) = 0
+
+The neighbours of that cell whose centres lie inside the box are positive as well ("centre sampling", FCOS, section
+3.3: more positives per object), with offsets of ±1 stride. Every positive cell learns the box by GIoU, the class
+by cross-entropy and confidence 1; every other cell of all levels learns confidence 0.
+"""
+import torch
+import torch.nn.functional as F
+from torchvision.ops import box_convert, generalized_box_iou_loss
+
+from data import IGNORE
+
+
+def seg_loss(logits, mask):
+    """Mean cross-entropy over the pixels that are not 255. logits (B, 21, H, W), mask (B, H, W) -> scalar.
+
+    A batch of nothing but ignored pixels costs 0, not NaN.
+    """
+    total = F.cross_entropy(logits, mask, ignore_index=IGNORE, reduction="sum")
+    return total / (mask != IGNORE).sum().clamp(min=1)
+
+
+def cls_loss(logits, labels):
+    """Mean cross-entropy. logits (B, 10), labels (B,) -> scalar."""
+    return F.cross_entropy(logits, labels)
+
+
+def assign(boxes, labels, locations, radius=1.5):
+    """Which box each cell has to predict: boxes (B, M, 4) xyxy, labels (B, M), locations (N, 3) -> (B, N), -1 = none.
+
+    A cell takes a box of its level if it holds the box's centre, or if its own centre lies inside the box and less
+    than `radius` strides from the box's centre in x and y. Where several boxes claim a cell the smallest gets it
+    (FCOS's rule, torchvision's fcos.py): a large one has other cells.
+    """
+    x, y, stride = (v.view(1, -1, 1) for v in locations.unbind(1))  # each (1, N, 1)
+    x1, y1, x2, y2 = (v.unsqueeze(1) for v in boxes.unbind(2))  # each (B, 1, M)
+    cx, cy, longer = (x1 + x2) / 2, (y1 + y2) / 2, torch.maximum(x2 - x1, y2 - y1)
+    finest, coarsest = stride.min(), stride.max()
+    fits = ((longer >= 4 * stride) | (stride == finest)) & ((longer < 8 * stride) | (stride == coarsest))  # (B, N, M)
+    # A centre on the far border of the image (x = W) belongs to the last cell, as floor would leave the map.
+    home = torch.stack([((c / stride).floor().clamp(max=v.max() // stride) == (v / stride).floor())
+                        for c, v in ((cx, x), (cy, y))]).all(0)  # (B, N, M)
+    inside = (x > x1) & (x < x2) & (y > y1) & (y < y2)
+    near = ((x - cx).abs() < radius * stride) & ((y - cy).abs() < radius * stride)
+    candidate = fits & (home | (inside & near)) & (labels >= 0).unsqueeze(1)  # (B, N, M)
+    area = torch.where(candidate, (x2 - x1) * (y2 - y1), torch.inf)  # (B, N, M)
+    best, index = F.pad(area, (0, 1), value=torch.inf).min(2)  # (B, N); the pad serves batches without boxes
+    return torch.where(best.isinf(), -1, index)
+
+
+def det_loss(det, target, locations):
+    """Box, confidence and class loss of a batch, each a sum over cells divided by max(1, number of positives).
+
+    det: (B, N, 15) from the model, target: {"boxes": (B, M, 4) xyxy in input pixels, "labels": (B, M), -1 = padding},
+    locations: (N, 3) -> scalar. The division makes the loss independent of how many objects a batch shows.
+    """
+    index = assign(target["boxes"], target["labels"], locations)  # (B, N)
+    image, cell = (index >= 0).nonzero(as_tuple=True)  # P positives
+    box = index[image, cell]
+    positive, count = det[image, cell], max(1, len(image))  # (P, 15)
+    box_loss = generalized_box_iou_loss(box_convert(positive[:, :4], "cxcywh", "xyxy"), target["boxes"][image, box],
+                                        reduction="sum")
+    class_loss = F.cross_entropy(positive[:, 5:], target["labels"][image, box], reduction="sum")
+    confidence_loss = F.binary_cross_entropy_with_logits(det[..., 4], (index >= 0).to(det.dtype), reduction="sum")
+    return (2 * box_loss + class_loss + confidence_loss) / count
+
+
+def task_loss(model, task, images, target):
+    """The loss of one task on one batch from `data.collate` -> scalar."""
+    out = model(images, (task,))[task]
+    if task == "det":
+        return det_loss(out, target, model.locations(images))
+    return seg_loss(out, target) if task == "seg" else cls_loss(out, target)

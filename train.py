@@ -1,0 +1,347 @@
+"""Unified-OneHead: one network with one two-layer head learns three tasks one after another without forgetting.
+
+    python train.py --strategy replay                         the whole challenge, on built-in shapes or on data/
+    python train.py --eval runs/replay-seed0/model.pt --data DIR --tasks all          measures a saved model
+"""
+import argparse
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from data import FOLDERS, TASKS, MiniSet, UserError, augmentation, collate, draw_shapes
+from forgetting import REMEDIES, build
+from losses import task_loss
+from metrics import NAMES, evaluate, judge, latency_ms, show
+from model import OneHead, load_model, load_weights, save_model
+
+# What depends on the data: drawn shapes are learned from scratch in minutes, photos from an ImageNet trunk.
+DEFAULTS = {"shapes": dict(image_size=96, epochs=[25, 25, 12], lr=[2e-3], weights="none", trunk_lr=1.0),
+            "photos": dict(image_size=512, epochs=[40, 40, 15], lr=[1e-3], weights="imagenet", trunk_lr=0.2)}
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--strategy", default="replay", help=f"remedy against forgetting: none, {', '.join(REMEDIES)}, or several "
+        "joined with + (default: %(default)s)")
+    add("--data", help="folder of the mini-sets, or 'shapes' (default: data/ if prepared, else shapes)")
+    add("--out", help="folder of this run, new or unfinished (default: runs/STRATEGY-seedN); with --eval the JSON file "
+        "to write (default: eval.json beside the model)")
+    add("--seed", type=int, default=0, help="fixes everything random (default: %(default)s)")
+    add("--device", default="auto", help="auto, cpu or cuda; auto takes CUDA where there is one (default: %(default)s)")
+    add("--weights", help="initial weights: imagenet (torchvision's trunk), none, or a .pth/.pt file "
+        "(default: imagenet for photos, none for shapes)")
+    add("--image-size", type=int, help="pixels of the square images, a multiple of 32 (default: 96 shapes, 512 photos)")
+    add("--epochs", type=int, nargs="+", help="one value, or three for seg det cls "
+        "(default: 25 25 12 for shapes, 40 40 15 for photos)")
+    add("--lr", type=float, nargs="+", help="peak learning rate of neck and head, one value or three "
+        "(default: 0.002 for shapes, 0.001 for photos)")
+    add("--trunk-lr", type=float, help="the trunk's share of --lr (default: 1.0 for shapes, 0.2 for photos)")
+    add("--batch-size", type=int, default=8, help="images of the current task a step (default: %(default)s)")
+    add("--weight-decay", type=float, default=0.01, help="AdamW's, on all but the output layer (default: %(default)s)")
+    add("--bn", choices=["fixed", "live"], default="fixed", help="fixed: BatchNorm statistics are kept once learned; "
+        "live: they follow every stage's images, to show the harm (default: %(default)s)")
+    add("--replay-images", type=int, default=10, help="stored images per old task, 1 to 10 (default: %(default)s)")
+    add("--replay-tasks", nargs="+", choices=TASKS, default=list(TASKS), help="old tasks to replay (default: all)")
+    add("--replay-batch", type=int, default=4, help="stored images per old task a step (default: %(default)s)")
+    add("--replay-weight", type=float, default=1.0, help="weight of a replayed task's loss (default: %(default)s)")
+    add("--eval-every", type=int, default=0, help="epochs between measurements of all tasks, for display only "
+        "(default: at the end of each stage)")
+    add("--eval", metavar="MODEL", help="measure this model.pt on the val split of --data instead of training")
+    add("--tasks", nargs="+", choices=[*TASKS, "all"], default=["all"], help="with --eval: which (default: all)")
+    args = parser.parse_args(argv)
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {args.device}: this machine has no CUDA device; use --device cpu.")
+    if args.eval:
+        return args
+    args.data = find_data(args.data)
+    for name, value in DEFAULTS["shapes" if is_shapes(args.data) else "photos"].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name in ("epochs", "lr"):
+        values = getattr(args, name)
+        if len(values) not in (1, 3) or min(values) <= 0:
+            raise UserError(f"--{name} {values}: give one positive value, or three for {' '.join(TASKS)}.")
+        setattr(args, name, values * (3 // len(values)))
+    if not 1 <= args.replay_images <= 10:
+        raise UserError(f"--replay-images {args.replay_images}: the rules allow at most 10 stored images, and 1 at least.")
+    if args.image_size < 32 or args.image_size % 32:
+        raise UserError(f"--image-size {args.image_size}: must be a multiple of 32, the coarsest stride.")
+    for name in ("batch_size", "replay_batch"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1.")
+    args.out = args.out or f"runs/{args.strategy}-seed{args.seed}"
+    if (Path(args.out) / "results.json").exists():
+        raise UserError(f"--out {args.out}: holds a finished run; name another folder, or delete that one.")
+    return args
+
+
+SHAPES_DIR = Path(".shapes/v1")
+
+
+def is_shapes(data):
+    return Path(data) == SHAPES_DIR
+
+
+def find_data(name):
+    """The folder to train on. None: data/ where it is prepared, else the shapes, drawn on first use."""
+    if name is None and Path("data/sample.json").exists():
+        return "data"
+    if name not in (None, "shapes"):
+        if not Path(name).is_dir():
+            raise UserError(f"--data {name}: no such folder; prepare it with `python data.py --out {name}`.")
+        return name
+    if name is None:
+        print("*** No photos in data/: using the built-in SHAPES. For photos run `python data.py` first. ***")
+    if not SHAPES_DIR.exists():
+        print(f"Drawing the shapes into {SHAPES_DIR} ...")
+        SHAPES_DIR.parent.mkdir(exist_ok=True)
+        draw_shapes(SHAPES_DIR)
+    return str(SHAPES_DIR)
+
+
+class Clock:
+    """Time left, from the training images still to come at the speed of those seen so far."""
+
+    def __init__(self, images):
+        self.images, self.seen, self.seconds = images, 0, 0.0
+
+    def tick(self, images, seconds):
+        self.seen, self.seconds = self.seen + images, self.seconds + seconds
+
+    def left(self):
+        return duration(self.seconds / max(1, self.seen) * max(0, self.images - self.seen))
+
+
+def duration(seconds):
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+def images_per_epoch(args, n, old_tasks=0):
+    return n + old_tasks * args.replay_batch * -(-n // args.batch_size)
+
+
+def new_model(args):
+    """The untrained model: the same for every training of one seed."""
+    torch.manual_seed(args.seed)
+    model = OneHead()
+    load_weights(model, args.weights)
+    return model.to(args.device, memory_format=torch.channels_last)
+
+
+def make_optimizer(model, trunk_lr, weight_decay):
+    """AdamW; each group carries its share of the learning rate.
+
+    Weight decay leaves out biases, BatchNorm and the output layer: there it would move the rows of tasks that get
+    no gradient, and an old task's rows must stay bit-identical through a stage that does not touch them.
+    """
+    groups = {}
+    for name, parameter in model.named_parameters():
+        decays = parameter.ndim > 1 and not name.startswith("head.2.")
+        groups.setdefault((name.startswith("features."), decays), []).append(parameter)
+    return torch.optim.AdamW([{"params": parameters, "share": trunk_lr if trunk else 1.0,
+                               "weight_decay": weight_decay if decays else 0.0}
+                              for (trunk, decays), parameters in groups.items()])
+
+
+def train_stage(model, task, samples, remedies, args, clock, title, measure=None):
+    """Trains `model` on one task, in place -> the stage's history, one dict per epoch.
+
+    A fresh optimizer and schedule (linear warm-up over 5 %, then cosine to 0), and randomness that depends on seed
+    and task alone: what ran before leaves no trace. Raises UserError if the loss is not finite.
+    """
+    stage = TASKS.index(task)
+    torch.manual_seed(1000 * args.seed + stage + 1)
+    optimizer = make_optimizer(model, args.trunk_lr, args.weight_decay)
+    augment = augmentation(task, args.image_size)
+    epochs, steps, step, history = args.epochs[stage], -(-len(samples) // args.batch_size), 0, []
+    total = epochs * steps
+    for epoch in range(1, epochs + 1):
+        start, sums = time.perf_counter(), torch.zeros(2, device=args.device)
+        model.train()
+        for batch in torch.randperm(len(samples)).split(args.batch_size):
+            step += 1
+            lr = args.lr[stage] * min(step / (0.05 * total), 0.5 + 0.5 * math.cos(math.pi * step / total))
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["share"]
+            images, target = collate([augment(*samples[i]) for i in batch.tolist()], args.device)
+            loss = task_loss(model, task, images, target)
+            penalty = sum((remedy.penalty(model, args.device) for remedy in remedies), torch.zeros_like(loss))
+            optimizer.zero_grad()
+            (loss + penalty).backward()
+            optimizer.step()
+            sums += torch.stack([loss.detach(), penalty.detach()])
+            if sys.stdout.isatty():
+                print(f"\r{title} epoch {epoch}/{epochs} step {(step - 1) % steps + 1}/{steps} ", end="", flush=True)
+        loss, penalty = (sums / steps).tolist()
+        if not math.isfinite(loss + penalty):
+            raise UserError(f"{title}: the loss is {loss} in epoch {epoch}; lower --lr (now {args.lr[stage]}).")
+        seconds, images = time.perf_counter() - start, images_per_epoch(args, len(samples), replayed(remedies))
+        clock.tick(images, seconds)
+        history.append({"stage": stage + 1, "task": task, "epoch": epoch, "loss": loss, "penalty": penalty, "lr": lr})
+        if measure and (epoch == epochs or (args.eval_every and epoch % args.eval_every == 0)):
+            history[-1] |= measure(model)
+        print(("\r" if sys.stdout.isatty() else "") + f"{title} epoch {epoch:3}/{epochs}  loss {loss:.4f}  penalty "
+              f"{penalty:.4f}  lr {lr:.1e}  {images / seconds:.0f} images/s  {clock.left()} left", flush=True)
+    return history
+
+
+def replayed(remedies):
+    """How many old tasks are replayed in each step."""
+    return sum(len(getattr(remedy, "buffer", ())) for remedy in remedies)
+
+
+def digest(*paths):
+    """SHA-256 over the contents of files and folders (names inside a folder count, its own path does not)."""
+    result = hashlib.sha256()
+    for path in map(Path, paths):
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                result.update(str(file.relative_to(path)).encode() + file.read_bytes())
+    return result.hexdigest()
+
+
+def baseline_file(task, args, data_digest):
+    """Where the single-task training of these settings is cached: the name holds all that influences it."""
+    stage, here = TASKS.index(task), Path(__file__).parent
+    weights = digest(args.weights) if Path(args.weights).is_file() else args.weights
+    key = [task, args.epochs[stage], args.lr[stage], weights, data_digest, torch.__version__, torch.get_num_threads(),
+           [getattr(args, k) for k in ("image_size", "trunk_lr", "batch_size", "weight_decay", "seed", "device", "eval_every")],
+           digest(*(here / f"{name}.py" for name in ("train", "model", "data", "losses", "metrics")))]
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    return Path(args.out).parent / ".baselines" / f"{task}-{name}.pt"
+
+
+def single_task(task, args, file, samples, clock, measure):
+    """The baseline: the initial model trained on this task alone with its own stage's settings, without any remedy
+    and with the default BatchNorm rule -> {"state", "history", "seconds"}, from the cache if it was trained before."""
+    if not file.exists():
+        start, model = time.perf_counter(), new_model(args)
+        history = train_stage(model, task, samples, [], args, clock, f"baseline {task}", measure)
+        record = {"state": model.state_dict(), "history": history, "seconds": time.perf_counter() - start}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(record, f"{file}.part")
+        os.replace(f"{file}.part", file)
+    return torch.load(file, map_location=args.device, weights_only=True)
+
+
+def seconds_per_image(args, samples):
+    """Measures one training step (after one to warm up) on a throw-away model."""
+    model = new_model(args).train()
+    for _ in range(2):
+        start = time.perf_counter()
+        images, target = collate([samples[i % len(samples)] for i in range(args.batch_size)], args.device)
+        task_loss(model, "seg", images, target).backward()
+    return (time.perf_counter() - start) / args.batch_size
+
+
+def run(args):
+    """Trains seg, det and cls one after another, measures all tasks after each stage, and judges -> results."""
+    start, out = time.perf_counter(), Path(args.out)
+    remedies = build(args.strategy, args)
+    initial = new_model(args)  # also finds out early that weights are missing
+    train = {t: MiniSet(args.data, t, "train", args.image_size) for t in TASKS}
+    val = {t: MiniSet(args.data, t, "val", args.image_size, train[t].classes) for t in TASKS}
+    classes = {t: train[t].classes for t in TASKS}
+    digests = {t: digest(Path(args.data) / FOLDERS[t]) for t in TASKS}
+    out.mkdir(parents=True, exist_ok=True)
+
+    def measure(model):
+        return evaluate(model, val, args.device)
+
+    # The work ahead: baselines that are not cached, and the stages (the first one *is* its baseline unless bn is live)
+    files = {t: baseline_file(t, args, digests[t]) for t in TASKS}
+    replays = [sum(t in args.replay_tasks for t in TASKS[:s]) * ("replay" in args.strategy) for s in range(3)]
+    work = sum(args.epochs[s] * len(train[t]) for s, t in enumerate(TASKS) if not files[t].exists())
+    work += sum(args.epochs[s] * images_per_epoch(args, len(train[t]), replays[s]) for s, t in enumerate(TASKS)
+                if s or args.bn == "live")
+    clock = Clock(work)
+    print(f"{args.strategy} on {args.data} at {args.image_size} px, seed {args.seed}, {args.device}: {work:,} training "
+          f"images, about {duration(work * seconds_per_image(args, train['seg']))}; results go to {out}", flush=True)
+
+    # Baselines: each task alone
+    singles = {t: single_task(t, args, files[t], train[t], clock, measure) for t in TASKS}
+    baseline = {t: singles[t]["history"][-1][t] for t in TASKS}
+
+    # The sequence: each stage continues where the last one ended
+    model, history, matrix, stage_seconds = initial, [], [], []
+    if args.bn == "live":
+        model.free_batchnorm()
+    for stage, task in enumerate(TASKS):
+        begin = time.perf_counter()
+        if stage == 0 and args.bn == "fixed":
+            model.load_state_dict(singles[task]["state"])
+            history += singles[task]["history"]
+            stage_seconds.append(singles[task]["seconds"])
+        else:
+            history += train_stage(model, task, train[task], remedies, args, clock, f"stage {stage + 1} {task}", measure)
+            stage_seconds.append(time.perf_counter() - begin)
+        if args.bn == "fixed":
+            model.fix_batchnorm()
+        for remedy in remedies:
+            remedy.remember(task, model, train[task])
+        matrix.append({t: history[-1][t] for t in TASKS})
+        save_model(out / "model.pt", model, args.image_size, classes)
+        print(f"after stage {stage + 1}: " + ", ".join(f"{NAMES[t]} {matrix[-1][t]:.3f}" for t in TASKS), flush=True)
+
+    results = {
+        "args": vars(args), "data": {"folder": args.data, "sha256": digests}, "classes": classes,
+        "params": sum(p.numel() for p in model.parameters()), "latency_ms": latency_ms(model, args.device),
+        "seconds": {"baselines": sum(singles[t]["seconds"] for t in TASKS[1 if args.bn == "fixed" else 0:]),
+                    "stages": sum(stage_seconds), "total": time.perf_counter() - start},
+        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else f"cpu, {torch.get_num_threads()} threads",
+        "torch": torch.__version__, "tasks": list(TASKS), "metrics": NAMES, "baseline": baseline, "matrix": matrix,
+        "final": matrix[-1], "map_50_95": history[-1]["map_50_95"], "history": history}
+    judge(results)
+    write_json(out / "results.json", results)
+    print(f"\n{show(results)}\n\nSaved {out / 'results.json'} and {out / 'model.pt'} in {duration(results['seconds']['total'])}")
+    return results
+
+
+def evaluate_saved(args):
+    """Measures a saved model on the val split of any folder in the mini-set layout -> the dict it writes as JSON."""
+    model, size, classes = load_model(args.eval)
+    root = Path(find_data(args.data))
+    tasks = [t for t in TASKS if t in args.tasks or ("all" in args.tasks and (root / FOLDERS[t]).is_dir())]
+    if not tasks:
+        raise UserError(f"--data {root}: holds none of {', '.join(FOLDERS.values())}; name a folder in that layout.")
+    for t in TASKS:
+        if "all" in args.tasks and t not in tasks:
+            print(f"{root / FOLDERS[t]} is missing: {NAMES[t]} is not measured")
+    val = {t: MiniSet(root, t, "val", size, classes[t]) for t in tasks}
+    measured = evaluate(model.to(args.device, memory_format=torch.channels_last), val, args.device)
+    result = {key: measured.get(key) for key in (*TASKS, "map_50_95")} | {"n": {t: len(val[t]) for t in tasks}}
+    for t in tasks:
+        extra = f" (mAP@50:95 {result['map_50_95']:.4f})" if t == "det" else ""
+        print(f"{t}: {NAMES[t]} {result[t]:.4f}{extra} on {len(val[t])} images")
+    write_json(args.out or Path(args.eval).parent / "eval.json", result)
+    return result
+
+
+def write_json(path, value):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(f"{path}.part").write_text(json.dumps(value, indent=1))
+    os.replace(f"{path}.part", path)
+
+
+def main(argv=None):
+    """Runs the command line -> the results that it also writes as JSON. See `--help` for the flags."""
+    args = parse(argv)
+    try:
+        return evaluate_saved(args) if args.eval else run(args)
+    except KeyboardInterrupt:
+        raise UserError("\nInterrupted. Finished baselines (and Stage 1) are cached and the last finished stage is in "
+                        f"{args.out}/model.pt; the same command starts again from the cache." * (not args.eval))
+
+
+if __name__ == "__main__":
+    main()

@@ -321,7 +321,8 @@ def draw_shapes(root, counts=COUNTS, size=96, seed=0):
         folder, records = part / FOLDERS[task] / split, []
         for i in range(n):
             main = i % 10  # every class is the main one equally often
-            image, mask, boxes = paint_shapes(rng, [main] if task == "cls" else [main, *rng.integers(0, 10, i % 4)], size)
+            others, radii = ([], (0.25, 0.45)) if task == "cls" else (rng.integers(0, 10, i % 4), (0.13, 0.28))
+            image, mask, boxes = paint_shapes(rng, [main, *others], size, radii)
             file = folder / SHAPES[main] / f"{i:04}.JPEG" if task == "cls" else folder / f"{i:04}.jpg"
             file.parent.mkdir(parents=True, exist_ok=True)
             image.save(file, quality=95)
@@ -333,13 +334,13 @@ def draw_shapes(root, counts=COUNTS, size=96, seed=0):
     part.rename(root)
 
 
-def paint_shapes(rng, classes, size):
+def paint_shapes(rng, classes, size, radii):
     """One picture -> (RGB image, palette mask with index = class + 1, [(name, COCO annotation)] of what is visible)."""
     noise = np.asarray(Image.fromarray(rng.integers(60, 190, (7, 7, 3), np.uint8)).resize((size, size)), float)
     canvas = 0.3 * noise + 0.7 * noise.mean(2, keepdims=True)  # muted colours
     owner = np.zeros((size, size), np.uint8)  # the shape on top of each pixel, counted from 1; 0 is background
     for k, c in enumerate(classes, 1):
-        radius, hue = rng.uniform(0.13, 0.28) * size, int(25.6 * c + rng.uniform(-6, 6)) % 256
+        radius, hue = rng.uniform(*radii) * size, int(25.6 * c + rng.uniform(-6, 6)) % 256
         colour = Image.new("HSV", (1, 1), (hue, int(rng.uniform(130, 220)), int(rng.uniform(140, 240)))).convert("RGB")
         stencil = Image.new("L", (size, size))
         ImageDraw.Draw(stencil).regular_polygon((*rng.uniform(radius, size - radius, 2), radius),

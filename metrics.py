@@ -81,7 +81,7 @@ def evaluate(model, splits, device, batch_size=8):
         counts, found, correct = np.zeros((21, 21), np.int64), [], 0
         for start in range(0, len(split), batch_size):
             images, target = collate(split[start:start + batch_size], device)
-            out, truth = model(images, (task,))[task], split.truth[start:start + batch_size]
+            out, truth = model(images, (task,), upsample=False)[task], split.truth[start:start + batch_size]
             if task == "cls":
                 correct += (out.argmax(1) == target).sum().item()
             elif task == "seg":

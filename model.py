@@ -57,10 +57,11 @@ class OneHead(nn.Module):
                 maps.append(x)
         return maps
 
-    def forward(self, images, tasks=("seg", "det", "cls")):
+    def forward(self, images, tasks=("seg", "det", "cls"), upsample=True):
         """images (B, 3, H, W), normalised -> dict with the outputs of `tasks`.
 
-        seg: logits (B, 21, H, W), upsampled to the input size.
+        seg: logits (B, 21, H, W), upsampled to the input size; upsample=False leaves them at (B, 21, H/8, W/8) for
+             those who upsample to another size (the loss to the mask's, the metric to the original's).
         det: (B, N, 15) = cx, cy, w, h in input pixels, confidence logit, 10 class logits, one row per cell of
              every level (`locations` lists the cells in the same order).
         cls: logits (B, 10), the mean over the coarsest level, which stays closest to ImageNet's features.
@@ -72,7 +73,9 @@ class OneHead(nn.Module):
         maps = [self.head(level) for level in used]  # (B, 46, H/s, W/s) for each level
         out = {}
         if "seg" in tasks:
-            out["seg"] = F.interpolate(maps[0][:, SEG], images.shape[-2:], mode="bilinear")  # (B, 21, H, W)
+            out["seg"] = maps[0][:, SEG]  # (B, 21, H/8, W/8)
+            if upsample:
+                out["seg"] = F.interpolate(out["seg"], images.shape[-2:], mode="bilinear")  # (B, 21, H, W)
         if "det" in tasks:
             raw = torch.cat([m[:, DET].flatten(2) for m in maps], 2).transpose(1, 2)  # (B, N, 15)
             boxes = decode(raw[..., :4], self.locations(images))  # (B, N, 4)

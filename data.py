@@ -1,18 +1,14 @@
 """The three mini-sets: sampling them from the originals, drawing them as shapes, and loading them.
 
 Conventions, from here to the end of the project:
-  image   float32 (3, H, W), RGB, normalised with ImageNet's mean and standard deviation (uint8 until `collate`)
+  image   float32 (3, H, W), RGB, normalised with ImageNet's mean and standard deviation (uint8 until `model.collate`)
   mask    int64 (H, W), class index; 255 = ignore (void outlines, padding)
   boxes   float32 (M, 4), absolute xyxy in pixels of the *resized* image; COCO's xywh exists only in the files
   labels  int64 class indices from 0, assigned by class *name*; in a batch, -1 pads images with fewer boxes
 Images are resized to a square without keeping their aspect, so pixels map back by two plain factors.
-
-    python data.py                           downloads VOC 2012, COCO 2017 (sampled images only) and Imagenette
-    python data.py --originals DIR           samples from folders that are there already, without network
 """
 import argparse
 import json
-import os
 import random
 import shutil
 import sys
@@ -24,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from torch.nn.utils.rnn import pad_sequence
 from torchvision import tv_tensors
 from torchvision.datasets import Imagenette, VOCSegmentation
 from torchvision.datasets.utils import download_url
@@ -35,13 +30,11 @@ TASKS = ("seg", "det", "cls")  # in the order of the stages
 FOLDERS = {"seg": "mini_voc_seg", "det": "mini_coco_det", "cls": "imagenette_160"}
 COUNTS = {"train": 240, "val": 60}  # images of each task
 IGNORE = 255
-MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, for values 0-255
 # A mask's palette index is its class; VOC's list names the indices, and nothing in the layout can rename them.
 VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
                "person pottedplant sheep sofa train tvmonitor").split()
 SAMPLED_CLASSES = "person bicycle car motorcycle bus truck cat dog chair tv".split()  # used by the sampling alone
 COCO_ANNOTATIONS = "http://images.cocodataset.org/annotations/annotations_trainval2017.zip"
-COCO_MD5 = "f4bbac642086de4f52a3fdda2de5fa2c"
 
 
 class UserError(SystemExit):
@@ -64,8 +57,8 @@ def read_image(path, mask=False):
 
 
 def list_split(root, task, split):
-    """One split on disk -> (class names, [(image path, target)]) in a fixed order. The target is the mask's path
-    (seg), the image's record (det, see `list_coco`) or the class name (cls). Raises UserError if there is none."""
+    """One split on disk -> (class names, [(image path, target)]), sorted. The target is the mask's path (seg), the
+    image's record (det, see `list_coco`) or the class name (cls). Raises UserError if there is none."""
     folder, names = Path(root) / FOLDERS[task] / split, VOC_CLASSES
     if task == "seg":
         samples = [(p, p.with_suffix(".png")) for p in sorted(folder.glob("*.jpg"))]
@@ -73,17 +66,15 @@ def list_split(root, task, split):
         names, samples = list_coco(folder.parent / "annotations" / f"mini_instances_{split}2017.json", folder)
     else:
         samples = [(p, p.parent.name) for p in sorted(folder.glob("[!.]*/[!.]*"))]
-        names = sorted({name for _, name in samples})
+        names = list(dict.fromkeys(name for _, name in samples))
     if not samples:
         raise UserError(f"{folder}: no images; prepare them with `python data.py`, or name another --data folder.")
     return names, samples
 
 
 def list_coco(file, folder):
-    """A COCO annotation file -> (category names, [(image path, its record with "boxes" [(name, annotation)])]).
-
-    Boxes are clipped to their image; what has no width or height then is skipped and counted.
-    """
+    """A COCO annotation file -> (category names, [(image path, its record with "boxes" [(name, annotation)])]). Boxes
+    are clipped to their image; what has no width or height then is skipped and counted."""
     try:
         coco, skipped = json.loads(file.read_text()), 0
         names = {c["id"]: c["name"] for c in coco["categories"]}
@@ -94,9 +85,8 @@ def list_coco(file, folder):
             if not (x2 > x1 and y2 > y1):
                 skipped += 1
                 continue
-            image["boxes"].append((names[a["category_id"]], {
-                "bbox": [round(v, 2) for v in (x1, y1, x2 - x1, y2 - y1)],
-                "area": a.get("area", w * h), "iscrowd": a.get("iscrowd", 0)}))
+            box = {"bbox": [round(v, 2) for v in (x1, y1, x2 - x1, y2 - y1)], "area": a.get("area", w * h)}
+            image["boxes"].append((names[a["category_id"]], {**box, "iscrowd": a.get("iscrowd", 0)}))
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{file}: not a readable COCO annotation file ({type(e).__name__}: {e}); prepare it again.")
     if skipped:
@@ -109,9 +99,7 @@ class MiniSet(list):
 
     Memory: 3·size² bytes an image, 0.7 GB for all 900 at 512 px. `classes`: the names whose position is the index,
     at most 10 (default: the split's own); another name raises UserError. `truth` is what the metrics compare with at
-    the original resolution: masks (seg), image records with COCO annotations (det).
-    """
-
+    the original resolution: masks (seg), image records with COCO annotations (det)."""
     def __init__(self, root, task, split, size, classes=None):
         names, samples = list_split(root, task, split)
         self.task, self.classes, self.truth = task, list(classes or names), []
@@ -122,19 +110,19 @@ class MiniSet(list):
             if task == "seg":
                 mask = read_image(target, mask=True)
                 if mask.size != image.size:
-                    raise UserError(f"{target}: {mask.size} pixels, but its photo has {image.size}; replace one of them.")
+                    raise UserError(f"{target}: {mask.size} pixels, but its photo {image.size}; replace one of them.")
                 self.truth.append(np.array(mask))  # (original H, W)
                 target = {"mask": tv_tensors.Mask(np.array(mask.resize((size, size), Image.NEAREST)))}  # (size, size)
             elif task == "det":
                 if (target["width"], target["height"]) != image.size:
-                    raise UserError(f"{path}: {image.size} pixels, but its annotation says otherwise; prepare it again.")
+                    raise UserError(f"{path}: {image.size} pixels, not as annotated; prepare it again.")
                 annotations = [{"category_id": self.index(name, path), **a} for name, a in target["boxes"]]
                 self.truth.append({**target, "annotations": annotations})
                 # a crowd's box encloses many objects: a truth for COCOeval to ignore, not one to learn
                 known = [a for a in annotations if not a["iscrowd"]]
                 boxes = torch.tensor([a["bbox"] for a in known]).reshape(-1, 4) * size / torch.tensor(2 * image.size)
-                target = {"boxes": tv_tensors.BoundingBoxes(box_convert(boxes, "xywh", "xyxy"), format="XYXY",
-                                                            canvas_size=(size, size)),  # (M, 4)
+                boxes = box_convert(boxes, "xywh", "xyxy")  # (M, 4)
+                target = {"boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(size, size)),
                           "labels": torch.tensor([a["category_id"] for a in known], dtype=torch.int64)}  # (M,)
             else:
                 target = {"label": self.index(target, path)}
@@ -146,6 +134,11 @@ class MiniSet(list):
         return self.classes.index(name)
 
 
+def class_indices(target):
+    """The class of every pixel, every box or the one image of a sample's target, as a flat array."""
+    return np.ravel(target.get("mask", target.get("labels", target.get("label"))))
+
+
 def augmentation(task, size):
     """Random zoom out, crop, flip and colour, the same geometry for the image and its mask or boxes."""
     steps = [v2.RandomZoomOut({tv_tensors.Image: [124, 116, 104], tv_tensors.Mask: IGNORE}, side_range=(1, 1.6), p=0.3),
@@ -155,28 +148,13 @@ def augmentation(task, size):
     return v2.Compose(steps + [v2.SanitizeBoundingBoxes(min_size=2)] * (task == "det"))
 
 
-def collate(samples, device="cpu"):
-    """[(image, target)] -> normalised images (B, 3, H, W) in channels_last, and the batch's target: masks (B, H, W)
-    for seg; {"boxes": (B, M, 4), "labels": (B, M), padded with -1} for det; labels (B,) for cls."""
-    images = torch.stack([image for image, _ in samples]).to(device)  # (B, 3, H, W) uint8
-    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (MEAN, STD))
-    images = images.to(torch.float32, memory_format=torch.channels_last).sub_(mean).div_(std)
-    columns = {key: [target[key] for _, target in samples] for key in samples[0][1]}
-    if "mask" in columns:
-        return images, torch.stack(columns["mask"]).to(device, torch.int64)
-    if "label" in columns:
-        return images, torch.tensor(columns["label"], device=device)
-    return images, {"boxes": pad_sequence([b.reshape(-1, 4) for b in columns["boxes"]], batch_first=True).to(device),
-                    "labels": pad_sequence(columns["labels"], batch_first=True, padding_value=-1).to(device)}
-
-
 def draw(labels, rng):
     """Yields the names of labels {name: set of its classes} in an order in which each next one adds to the class that
     came least so far: the first n are a sample that covers rare classes as well as n allows."""
     left, count = sorted(labels), Counter()
     rng.shuffle(left)
     while left:
-        name = min(left, key=lambda name: min(count[c] for c in labels[name]))  # on a tie the first, at random
+        name = min(left, key=lambda name: min((count[c] for c in labels[name]), default=0))  # ties: at random
         left.remove(name)
         count.update(labels[name])
         yield name
@@ -195,8 +173,8 @@ def pool(originals, task, split):
                 found[path.name] = classes, path, record
         return found
     voc, found = originals / "VOCdevkit" / "VOC2012", {}
-    listing = voc / "ImageSets" / "Segmentation" / f"{split}.txt"
-    for name in listing.read_text().split() if listing.is_file() else []:
+    file = voc / "ImageSets" / "Segmentation" / f"{split}.txt"
+    for name in file.read_text().split() if file.is_file() else []:
         mask = voc / "SegmentationClass" / f"{name}.png"
         classes = set(np.unique(read_image(mask, mask=True)).tolist()) - {0, IGNORE}
         found[name] = classes, voc / "JPEGImages" / f"{name}.jpg", mask
@@ -204,17 +182,13 @@ def pool(originals, task, split):
 
 
 def prepare(out, originals, seed=0, sample=None, fetch=False):
-    """Writes the three mini-sets and sample.json to `out`, drawn from `originals` or exactly those of `sample`.
-
-    An image that is missing, damaged, of another size than its annotation, or like one already taken (by any task
-    or split) is skipped and named. fetch: download COCO's chosen images first, one by one. Raises UserError if too
-    few are left, or if `out` holds something else; `out` appears whole or not at all.
-    """
+    """Writes the three mini-sets and sample.json to `out`, drawn from `originals` or exactly those of `sample`. An
+    image that is missing, damaged, not of its annotated size, or like one already taken by any task or split is skipped
+    and named. fetch: download COCO's images as they are drawn. Raises UserError if too few are left."""
     out, originals = Path(out), Path(originals)
     if out.exists() and not (out / "sample.json").is_file():
         raise UserError(f"{out}: exists but was not written by data.py; move it away or choose another --out.")
-    part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(part := out.with_name(out.name + ".part"), ignore_errors=True)
     rng, taken, chosen = random.Random(seed), [], {FOLDERS[task]: {} for task in TASKS}
     for task, split in product(TASKS, COUNTS):
         found, folder, names = pool(originals, task, split), part / FOLDERS[task], []
@@ -223,12 +197,10 @@ def prepare(out, originals, seed=0, sample=None, fetch=False):
         for name in order:
             if len(names) == wanted:
                 break
+            _, path, extra = found.get(name, (None, originals / name, None))
+            if fetch and task == "det" and extra and not path.is_file():
+                fetch_image(extra["coco_url"], path)
             try:
-                if name not in found:
-                    raise UserError(f"{name}: not among the originals of {FOLDERS[task]} {split}.")
-                _, path, extra = found[name]
-                if fetch and task == "det" and not path.is_file():
-                    download_url(extra["coco_url"], str(path.parent), path.name)
                 image = read_image(path)
                 if task == "det" and image.size != (extra["width"], extra["height"]):
                     raise UserError(f"{path}: not of the annotated size.")
@@ -237,7 +209,7 @@ def prepare(out, originals, seed=0, sample=None, fetch=False):
                 mark = np.asarray(image.resize((8, 8), Image.BOX), np.int16)
                 if any(np.abs(mark - other).mean() < 5 for other in taken):
                     raise UserError(f"{path}: looks like an image that is taken already.")
-            except (UserError, OSError) as e:
+            except UserError as e:
                 print(f"\nskipped: {e}")
                 continue
             target = folder / split / (name if task == "cls" else path.name)
@@ -251,7 +223,7 @@ def prepare(out, originals, seed=0, sample=None, fetch=False):
                 print(f"\r{FOLDERS[task]} {split}: {len(names)} of {wanted} images", end="", flush=True)
         if len(names) < wanted or not names:
             raise UserError(f"{originals}: only {len(names)} of {wanted} images for {FOLDERS[task]} {split}; "
-                            f"complete the originals and run again ({out} was not touched).")
+                            f"complete it and run again ({out} was not touched).")
         chosen[FOLDERS[task]][split] = sorted(names)
         if task == "det":
             write_coco(folder, split, [found[name][2] for name in sorted(names)], SAMPLED_CLASSES)
@@ -263,9 +235,9 @@ def prepare(out, originals, seed=0, sample=None, fetch=False):
 
 def write_coco(folder, split, records, names):
     """The annotation file of one split, with the same categories (ids from 1, in the order of `names`) in each."""
-    annotations = [{"image_id": r["id"], "category_id": names.index(n) + 1, **a} for r in records for n, a in r["boxes"]]
+    boxes = [{"image_id": r["id"], "category_id": 1 + names.index(n), **a} for r in records for n, a in r["boxes"]]
     coco = {"images": [{key: r[key] for key in ("id", "file_name", "width", "height")} for r in records],
-            "annotations": [{"id": i, **a} for i, a in enumerate(annotations, 1)],
+            "annotations": [{"id": i, **box} for i, box in enumerate(boxes, 1)],
             "categories": [{"id": i, "name": name} for i, name in enumerate(names, 1)]}
     (folder / "annotations").mkdir(parents=True, exist_ok=True)
     (folder / "annotations" / f"mini_instances_{split}2017.json").write_text(json.dumps(coco, separators=(",", ":")))
@@ -276,46 +248,54 @@ def report(root):
     for task, unit in zip(TASKS, ("% of pixels", "boxes", "images")):
         train = MiniSet(root, task, "train", 64)
         sets = train, MiniSet(root, task, "val", 64, train.classes)
-        print(f"\n{FOLDERS[task]}: {len(sets[0])} train, {len(sets[1])} val images; {unit} per class:")
-        values = [np.concatenate([np.ravel(t.get("mask", t.get("labels", t.get("label")))) for _, t in s]) for s in sets]
+        print(f"\n{FOLDERS[task]}: {len(train)} train, {len(sets[1])} val images; {unit} per class:")
+        found = [np.concatenate([class_indices(target) for _, target in s]) for s in sets]
         for c, name in enumerate(train.classes):
-            print(f"  {name:16}", *(f"{(v == c).mean() * 100 if task == 'seg' else (v == c).sum():8.4g}" for v in values))
+            print(f"  {name:16}", *(f"{(f == c).mean() * 100 if task == 'seg' else (f == c).sum():8.4g}" for f in found))
     size = sum(p.stat().st_size for p in Path(root).rglob("*") if p.is_file()) / 1e6
-    print(f"{size:.0f} MB in all")
-    if size > 120:
-        raise UserError(f"The mini-sets take {size:.0f} MB, but the challenge allows 120 MB; draw another --seed.")
+    print(f"{size:.0f} MB of the 120 MB allowed")
 
 
 def download_originals(root):
     """Fetches VOC 2012 and Imagenette (torchvision's archives, MD5-checked) and COCO's annotations to `root`."""
-    root.mkdir(parents=True, exist_ok=True)
     try:
-        for name, fetch in (("VOCdevkit", lambda: VOCSegmentation(root, "2012", "trainval", download=True)),
-                            ("imagenette2-160", lambda: Imagenette(root, "train", "160px", download=True))):
-            if not (root / f"{name}.done").exists():  # a marker: an interrupted extraction leaves a folder as well
+        if not (root / "extracted").exists():  # a marker: an interrupted extraction leaves folders as well
+            for name in ("VOCdevkit", "imagenette2-160"):
                 shutil.rmtree(root / name, ignore_errors=True)
-                fetch()
-                (root / f"{name}.done").touch()
-        download_url(COCO_ANNOTATIONS, str(root / "coco"), md5=COCO_MD5)
+            VOCSegmentation(root, "2012", "trainval", download=True)
+            Imagenette(root, "train", "160px", download=True)
+            (root / "extracted").touch()
+        download_url(COCO_ANNOTATIONS, str(root / "coco"), md5="f4bbac642086de4f52a3fdda2de5fa2c")
         with zipfile.ZipFile(root / "coco" / COCO_ANNOTATIONS.rsplit("/", 1)[1]) as archive:
             if broken := archive.testzip():
-                raise RuntimeError(f"{broken} is damaged in {archive.filename}: delete that file")
+                raise RuntimeError(f"{broken} in {archive.filename} is damaged, delete that file")
             for split in COUNTS:
                 archive.extract(f"annotations/instances_{split}2017.json", root / "coco")
     except (OSError, RuntimeError, EOFError, zipfile.BadZipFile) as e:
         raise UserError(f"Downloading the originals failed ({e}); run the command again: whole archives are kept.")
 
 
-COLOURS = "red orange yellow lime green cyan azure blue violet pink".split()
+def fetch_image(url, path):
+    """Downloads one image of COCO; the file appears only once it is whole. Raises UserError."""
+    part = path.with_name(f"{path.name}.part")
+    part.unlink(missing_ok=True)
+    try:
+        download_url(url, str(part.parent), part.name)
+        read_image(part)
+        part.rename(path)
+    except (UserError, OSError) as e:
+        raise UserError(f"{url}: the download failed ({e}); run the command again: the images fetched so far are kept.")
+
+
 CORNERS = {"disc": 24, "triangle": 3, "square": 4, "pentagon": 5, "hexagon": 6}
-SHAPES = [f"{colour}-{outline}" for colour, outline in zip(COLOURS, 2 * list(CORNERS))]
+COLOURS = "red orange yellow lime green cyan azure blue violet pink".split()
+SHAPES = [f"{colour}-{outline}" for colour, outline in zip(COLOURS, 2 * [*CORNERS])]
 
 
 def draw_shapes(root, counts=COUNTS, size=96, seed=0):
     """Writes three mini-sets of drawn shapes in the layout of the photos. A class has its hue and outline; size, turn,
-    brightness and overlap vary, on textured backgrounds. `root` appears whole or not at all."""
-    part = Path(f"{root}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    brightness and overlap vary. `root` appears whole or not at all."""
+    shutil.rmtree(part := Path(f"{root}.part"), ignore_errors=True)
     rng = np.random.default_rng(seed)
     for task, (split, n) in product(TASKS, counts.items()):
         folder, records = part / FOLDERS[task] / split, []
@@ -335,7 +315,7 @@ def draw_shapes(root, counts=COUNTS, size=96, seed=0):
 
 
 def paint_shapes(rng, classes, size, radii):
-    """One picture -> (RGB image, palette mask with index = class + 1, [(name, COCO annotation)] of what is visible)."""
+    """One picture -> (RGB image, palette mask of class + 1, [(name, COCO annotation)] of what is visible)."""
     noise = np.asarray(Image.fromarray(rng.integers(60, 190, (7, 7, 3), np.uint8)).resize((size, size)), float)
     canvas = 0.3 * noise + 0.7 * noise.mean(2, keepdims=True)  # muted colours
     owner = np.zeros((size, size), np.uint8)  # the shape on top of each pixel, counted from 1; 0 is background
@@ -373,8 +353,7 @@ def main(argv=None):
     if not args.originals:
         download_originals(originals)
     prepare(args.out, originals, args.seed, sample, fetch=not args.originals)
-    print(f"Wrote {args.out}. The originals in {originals} are no longer needed" + "." * bool(args.originals) +
-          " and may be deleted." * (not args.originals))
+    print(f"Wrote {args.out}. The originals lie in {originals} and are no longer needed: you may delete them.")
 
 
 if __name__ == "__main__":

@@ -6,17 +6,11 @@
 import random
 from itertools import islice
 
-import numpy as np
 import torch
 
-from data import IGNORE, UserError, augmentation, collate, draw
+from data import IGNORE, UserError, augmentation, class_indices, draw
 from losses import task_loss
-
-
-def classes_in(target):
-    """The set of class indices in one sample's target, background and ignore left out."""
-    values = target.get("mask", target.get("labels", target.get("label")))
-    return set(np.unique(values).tolist()) - ({0, IGNORE} if "mask" in target else set())
+from model import collate
 
 
 class Replay:
@@ -34,7 +28,7 @@ class Replay:
     def remember(self, task, model, samples):
         if task not in self.args.replay_tasks:
             return
-        labels = {i: classes_in(target) or {None} for i, (_, target) in enumerate(samples)}
+        labels = {i: {*class_indices(target)} - {IGNORE} for i, (_, target) in enumerate(samples)}
         chosen = islice(draw(labels, random.Random(self.args.seed)), self.args.replay_images)
         self.buffer[task] = [samples[i] for i in chosen]
 

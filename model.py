@@ -13,12 +13,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from torchvision.models import MobileNet_V3_Small_Weights, mobilenet_v3_small
 from torchvision.ops import FeaturePyramidNetwork, batched_nms, box_convert
 
 from data import UserError
 
 SEG, DET, CLS = slice(0, 21), slice(21, 36), slice(36, 46)  # the channel map of the head
+MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, for values 0-255
 PRIOR = 0.01  # confidence of every cell before training (RetinaNet, section 3.3)
 
 
@@ -118,6 +120,21 @@ class OneHead(nn.Module):
         return self
 
 
+def collate(samples, device="cpu"):
+    """[(image, target)] -> normalised images (B, 3, H, W) in channels_last, and the batch's target: masks (B, H, W)
+    for seg; {"boxes": (B, M, 4), "labels": (B, M), padded with -1} for det; labels (B,) for cls."""
+    images = torch.stack([image for image, _ in samples]).to(device)  # (B, 3, H, W) uint8
+    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (MEAN, STD))
+    images = images.to(torch.float32, memory_format=torch.channels_last).sub_(mean).div_(std)
+    columns = {key: [target[key] for _, target in samples] for key in samples[0][1]}
+    if "mask" in columns:
+        return images, torch.stack(columns["mask"]).to(device, torch.int64)
+    if "label" in columns:
+        return images, torch.tensor(columns["label"], device=device)
+    return images, {"boxes": pad_sequence([b.reshape(-1, 4) for b in columns["boxes"]], batch_first=True).to(device),
+                    "labels": pad_sequence(columns["labels"], batch_first=True, padding_value=-1).to(device)}
+
+
 def encode(boxes, locations):
     """Boxes cx, cy, w, h in pixels (..., 4), seen from cells (..., 3) = x, y, stride -> tx, ty, tw, th (..., 4).
 
@@ -168,10 +185,10 @@ def load_weights(model, weights):
         state = {key: value for key, value in state.items() if key.startswith("features.")}
     own = {key: value for key, value in model.state_dict().items()
            if key.startswith("features.") or any(k.startswith("head.") for k in state)}
-    wrong = [k for k in own.keys() ^ state.keys()] + [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
+    wrong = [k for k in own.keys() | state.keys() if k not in own or k not in state or own[k].shape != state[k].shape]
     if wrong:
-        raise UserError(f"--weights {weights}: not this architecture ({len(wrong)} tensors differ, {min(wrong)} for one); "
-                        "pass a MobileNetV3-Small trunk or a model.pt of the same configuration.")
+        raise UserError(f"--weights {weights}: not this architecture ({len(wrong)} tensors differ, {min(wrong)} for "
+                        "one); pass a MobileNetV3-Small trunk or a model.pt of the same configuration.")
     model.load_state_dict(state, strict=False)
     model.fix_batchnorm({name for name in model.batchnorms() if f"{name}.running_mean" in state})
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from data import FOLDERS, TASKS, MiniSet, UserError, augmentation, collate, draw_shapes
+from data import FOLDERS, TASKS, MiniSet, UserError, augmentation, draw_shapes
 from forgetting import REMEDIES, build
 from losses import task_loss
 from metrics import NAMES, evaluate, judge, latency_ms, show
-from model import OneHead, load_model, load_weights, save_model
+from model import OneHead, collate, load_model, load_weights, save_model
 
 # What depends on the data: drawn shapes are learned from scratch in minutes, photos from an ImageNet trunk.
 DEFAULTS = {"shapes": dict(weights="none", image_size=96, epochs=[22, 22, 16], lr=[2e-3, 2e-3, 1e-3], trunk_lr=1.0,
@@ -41,11 +41,11 @@ def parse(argv):
         "(default: imagenet for photos, none for shapes)")
     add("--image-size", type=int, help="pixels of the square images, a multiple of 32 (default: 96 shapes, 512 photos)")
     add("--epochs", type=int, nargs="+", help="one value, or three for seg det cls "
-        "(default: 25 25 12 for shapes, 40 40 15 for photos)")
+        "(default: 22 22 16 for shapes, 40 40 15 for photos)")
     add("--lr", type=float, nargs="+", help="peak learning rate of neck and head, one value or three "
-        "(default: 0.002 for shapes, 0.001 for photos)")
+        "(default: 0.002 0.002 0.001 for shapes, 0.001 for photos)")
     add("--trunk-lr", type=float, help="the trunk's share of --lr (default: 1.0 for shapes, 0.2 for photos)")
-    add("--batch-size", type=int, default=8, help="images of the current task a step (default: %(default)s)")
+    add("--batch-size", type=int, help="images of the current task a step (default: 16 shapes, 8 photos)")
     add("--weight-decay", type=float, default=0.01, help="AdamW's, on all but the output layer (default: %(default)s)")
     add("--bn", choices=["fixed", "live"], default="fixed", help="fixed: BatchNorm statistics are kept once learned; "
         "live: they follow every stage's images, to show the harm (default: %(default)s)")
@@ -74,7 +74,7 @@ def parse(argv):
             raise UserError(f"--{name} {values}: give one positive value, or three for {' '.join(TASKS)}.")
         setattr(args, name, values * (3 // len(values)))
     if not 1 <= args.replay_images <= 10:
-        raise UserError(f"--replay-images {args.replay_images}: the rules allow at most 10 stored images, and 1 at least.")
+        raise UserError(f"--replay-images {args.replay_images}: the rules allow at most 10 stored images per old task.")
     if args.image_size < 32 or args.image_size % 32:
         raise UserError(f"--image-size {args.image_size}: must be a multiple of 32, the coarsest stride.")
     for name in ("batch_size", "replay_batch"):
@@ -95,7 +95,7 @@ def is_shapes(data):
 
 def find_data(name):
     """The folder to train on. None: data/ where it is prepared, else the shapes, drawn on first use."""
-    if name is None and Path("data/sample.json").exists():
+    if name is None and all((Path("data") / folder).is_dir() for folder in FOLDERS.values()):
         return "data"
     if name not in (None, "shapes"):
         if not Path(name).is_dir():
@@ -217,7 +217,7 @@ def baseline_file(task, args, data_digest):
     stage, here = TASKS.index(task), Path(__file__).parent
     weights = digest(args.weights) if Path(args.weights).is_file() else args.weights
     key = [task, args.epochs[stage], args.lr[stage], weights, data_digest, torch.__version__, torch.get_num_threads(),
-           [getattr(args, k) for k in ("image_size", "trunk_lr", "batch_size", "weight_decay", "seed", "device", "eval_every")],
+           args.image_size, args.trunk_lr, args.batch_size, args.weight_decay, args.seed, args.device, args.eval_every,
            digest(*(here / f"{name}.py" for name in ("train", "model", "data", "losses", "metrics")))]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     return Path(args.out).parent / ".baselines" / f"{task}-{name}.pt"
@@ -285,7 +285,8 @@ def run(args):
             history += singles[task]["history"]
             stage_seconds.append(singles[task]["seconds"])
         else:
-            history += train_stage(model, task, train[task], remedies, args, clock, f"stage {stage + 1} {task}", measure)
+            title = f"stage {stage + 1} {task}"
+            history += train_stage(model, task, train[task], remedies, args, clock, title, measure)
             stage_seconds.append(time.perf_counter() - begin)
         if args.bn == "fixed":
             model.fix_batchnorm()
@@ -295,17 +296,19 @@ def run(args):
         save_model(out / "model.pt", model, args.image_size, classes)
         print(f"after stage {stage + 1}: " + ", ".join(f"{NAMES[t]} {matrix[-1][t]:.3f}" for t in TASKS), flush=True)
 
+    cuda = args.device.startswith("cuda")
+    hardware = torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads"
     results = {
         "args": vars(args), "data": {"folder": args.data, "sha256": digests}, "classes": classes,
         "params": sum(p.numel() for p in model.parameters()), "latency_ms": latency_ms(model, args.device),
-        "seconds": {"baselines": sum(singles[t]["seconds"] for t in TASKS[1 if args.bn == "fixed" else 0:]),
+        "seconds": {"baselines": sum(singles[t]["seconds"] for t in TASKS[args.bn == "fixed":]),
                     "stages": sum(stage_seconds), "total": time.perf_counter() - start},
-        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else f"cpu, {torch.get_num_threads()} threads",
-        "torch": torch.__version__, "tasks": list(TASKS), "metrics": NAMES, "baseline": baseline, "matrix": matrix,
-        "final": matrix[-1], "map_50_95": history[-1]["map_50_95"], "history": history}
+        "device": hardware, "torch": torch.__version__, "tasks": list(TASKS), "metrics": NAMES,
+        "baseline": baseline, "matrix": matrix, "final": matrix[-1], "map_50_95": history[-1]["map_50_95"],
+        "history": history}
     judge(results)
     write_json(out / "results.json", results)
-    print(f"\n{show(results)}\n\nSaved {out / 'results.json'} and {out / 'model.pt'} in {duration(results['seconds']['total'])}")
+    print(f"\n{show(results)}\n{duration(results['seconds']['total'])} in all; results.json and model.pt are in {out}")
     return results
 
 

@@ -1,0 +1,693 @@
+"""Tests in three layers: oracles (hand-computed, or an independent implementation), invariants, and small whole runs.
+
+    pytest test_all.py        needs no network and no photos
+"""
+import json
+import os
+import random
+import shutil
+import sys
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision import tv_tensors
+from torchvision.ops import box_convert, box_iou, generalized_box_iou_loss
+
+import data
+import forgetting
+import losses
+import metrics
+import train
+from data import IGNORE, TASKS, MiniSet, UserError
+from model import CLS, DET, SEG, OneHead, collate, decode, detections, encode, load_model, load_weights, save_model
+
+COUNTS = {"train": 20, "val": 10}
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory):
+    """Tiny mini-sets of drawn shapes: 20 train and 10 val images of 64 px per task."""
+    root = tmp_path_factory.mktemp("shapes") / "tiny"
+    data.draw_shapes(root, COUNTS, size=64, seed=3)
+    return root
+
+
+@pytest.fixture
+def copy(shapes, tmp_path):
+    """A copy of the shapes that a test may damage."""
+    return Path(shutil.copytree(shapes, tmp_path / "copy"))
+
+
+def flags(shapes, out, *more):
+    return ["--data", str(shapes), "--out", str(out), "--weights", "none", "--image-size", "64", "--epochs", "1",
+            "--trunk-lr", "1", "--batch-size", "4", "--device", "cpu", *more]
+
+
+@pytest.fixture(scope="session")
+def finished(shapes, tmp_path_factory):
+    """One finished run with replay: (its folder, what main returned)."""
+    out = tmp_path_factory.mktemp("runs") / "replay-seed0"
+    return out, train.main(flags(shapes, out))
+
+
+# ----------------------------------------------------------------------------------------------- oracles: metrics
+
+def slow_iou(predicted, truth, classes):
+    """mIoU from sets of pixels, class by class."""
+    ious = []
+    for c in range(classes):
+        p = {i for i, (a, b) in enumerate(zip(predicted, truth)) if a == c and b != IGNORE}
+        t = {i for i, b in enumerate(truth) if b == c}
+        if p | t:
+            ious.append(len(p & t) / len(p | t))
+    return sum(ious) / len(ious)
+
+
+def test_miou_agrees_with_pixel_sets():
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        truth = rng.choice([0, 1, 2, 3, 7, IGNORE], 500)
+        predicted = np.where(rng.random(500) < 0.5, truth % 21, rng.integers(0, 9, 500))
+        counts = metrics.confusion(predicted[:200], truth[:200]) + metrics.confusion(predicted[200:], truth[200:])
+        assert metrics.mean_iou(counts) == pytest.approx(slow_iou(predicted, truth, 21), abs=1e-9)
+
+
+def test_miou_of_oracle_background_and_nothing():
+    truth = np.array([0] * 90 + [1] * 5 + [2] * 5 + [IGNORE] * 20)
+    oracle = np.where(truth == IGNORE, 4, truth)  # what is said about ignored pixels does not count
+    assert metrics.mean_iou(metrics.confusion(oracle, truth)) == 1
+    assert metrics.mean_iou(metrics.confusion(0 * truth, truth)) == pytest.approx((0.9 + 0 + 0) / 3)
+    assert metrics.mean_iou(metrics.confusion(np.where(truth == 1, 3, oracle), truth)) == pytest.approx(2 / 4)
+    assert metrics.mean_iou(np.zeros((21, 21), int)) == 0
+
+
+def slow_ap(predictions, truth, iou, classes=10):
+    """COCO's AP at one IoU threshold: greedy matching by score, precision made monotone, read off at 101 recalls."""
+    aps = []
+    for c in range(classes):
+        gts = [torch.tensor([a["bbox"] for a in t["annotations"] if a["category_id"] == c]).reshape(-1, 4) for t in truth]
+        total = sum(map(len, gts))
+        if not total:
+            continue
+        free = [[True] * len(g) for g in gts]
+        rows = [(s.item(), i, b) for i, p in enumerate(predictions) for b, s, k in zip(*p) if k == c]
+        hits = []
+        for _, i, box in sorted(rows, key=lambda r: -r[0]):
+            best, best_iou = None, iou
+            for j, g in enumerate(gts[i]):
+                overlap = box_iou(box[None].double(), box_convert(g[None].double(), "xywh", "xyxy")).item()
+                if free[i][j] and overlap >= best_iou:
+                    best, best_iou = j, overlap
+            if best is not None:
+                free[i][best] = False
+            hits.append(best is not None)
+        tp = np.cumsum(hits)
+        recall, precision = tp / total, tp / np.arange(1, len(hits) + 1)
+        aps.append(np.mean([precision[recall >= r - 1e-12].max() if (recall >= r - 1e-12).any() else 0
+                            for r in np.linspace(0, 1, 101)]) if len(hits) else 0)
+    return float(np.mean(aps))
+
+
+def random_scene(rng, images=6):
+    truth, predictions = [], []
+    for _ in range(images):
+        boxes = [[*rng.uniform(0, 60, 2), *rng.uniform(8, 40, 2)] for _ in range(rng.integers(0, 6))]
+        truth.append({"width": 100, "height": 100, "annotations": [
+            {"bbox": b, "category_id": int(rng.integers(0, 4)), "iscrowd": 0, "area": b[2] * b[3]} for b in boxes]})
+        near = [(np.array(a["bbox"]) + rng.normal(0, 3, 4), a["category_id"]) for a in truth[-1]["annotations"]]
+        far = [(np.array([*rng.uniform(0, 60, 2), 20, 20]), int(rng.integers(0, 6))) for _ in range(4)]
+        boxes = torch.tensor(np.array([b for b, _ in near + far]))
+        predictions.append((box_convert(boxes, "xywh", "xyxy"), torch.tensor(rng.random(len(boxes))),
+                            torch.tensor([c for _, c in near + far])))
+    return predictions, truth
+
+
+def test_map_agrees_with_independent_computation():
+    rng = np.random.default_rng(1)
+    for _ in range(4):
+        predictions, truth = random_scene(rng)
+        ap50, ap = metrics.mean_ap(predictions, truth)
+        assert 0 < ap < ap50 < 1
+        assert ap50 == pytest.approx(slow_ap(predictions, truth, 0.5), abs=1e-6)
+        thresholds = np.linspace(0.5, 0.95, 10)
+        assert ap == pytest.approx(np.mean([slow_ap(predictions, truth, t) for t in thresholds]), abs=1e-6)
+
+
+def test_map_of_oracle_nothing_and_crowds():
+    _, truth = random_scene(np.random.default_rng(2))
+    oracle = [(box_convert(torch.tensor([a["bbox"] for a in t["annotations"]]).reshape(-1, 4), "xywh", "xyxy"),
+               torch.ones(len(t["annotations"])), torch.tensor([a["category_id"] for a in t["annotations"]], dtype=int))
+              for t in truth]
+    assert metrics.mean_ap(oracle, truth) == (1, 1)
+    nothing = [(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=int))] * len(truth)
+    assert metrics.mean_ap(nothing, truth) == (0, 0)
+    for t in truth:  # a crowd that nobody found is no miss
+        t["annotations"].append({"bbox": [0, 0, 90, 90], "category_id": 0, "iscrowd": 1, "area": 8100})
+    assert metrics.mean_ap(oracle, truth) == (1, 1)
+    with pytest.raises(UserError, match="no boxes"):
+        metrics.mean_ap(nothing, [{**t, "annotations": []} for t in truth])
+
+
+class Oracle(torch.nn.Module):
+    """Answers with the truth of the images it is shown, in the order of the split."""
+
+    def __init__(self, split):
+        super().__init__()
+        self.split, self.at = split, 0
+
+    def forward(self, images, tasks, upsample):
+        truth = self.split.truth[self.at:self.at + len(images)]
+        targets = [t for _, t in self.split[self.at:self.at + len(images)]]
+        self.at += len(images)
+        if tasks == ("cls",):
+            return {"cls": F.one_hot(torch.tensor([t["label"] for t in targets]), 10).float()}
+        if tasks == ("seg",):
+            return {"seg": torch.stack([F.one_hot(torch.from_numpy(m % 255).long(), 21).permute(2, 0, 1) for m in truth]) * 9.0}
+        det = torch.full((len(images), 40, 15), -20.0)
+        for row, t in zip(det, targets):
+            m = len(t["labels"])
+            row[:m, :4] = box_convert(t["boxes"].as_subclass(torch.Tensor), "xyxy", "cxcywh")
+            row[:m, 4] = 20
+            row[range(m), 5 + t["labels"]] = 20
+        return {"det": det}
+
+
+def test_oracle_scores_one_in_every_metric(shapes):
+    for task in TASKS:
+        split = MiniSet(shapes, task, "val", 64)
+        assert metrics.evaluate(Oracle(split), {task: split}, "cpu", batch_size=3)[task] == 1
+    split = MiniSet(shapes, "det", "val", 32)  # another working size: boxes go back to original pixels
+    assert metrics.evaluate(Oracle(split), {"det": split}, "cpu")["map_50_95"] == pytest.approx(1)
+
+
+def test_drop_and_verdict_follow_the_rules():
+    results = {"baseline": {"seg": 0.5, "det": 0.2, "cls": 0.9}, "params": 10, "latency_ms": 10, "seconds": {"stages": 1},
+               "matrix": [{"seg": 0.5, "det": 0, "cls": 0.1}, {"seg": 0.4, "det": 0.25, "cls": 0.1}, None],
+               "final": {"seg": 0.475, "det": 0.2, "cls": 0.9}}
+    results["matrix"][2] = results["final"]
+    metrics.judge(results)
+    assert results["drop"] == pytest.approx({"seg": 0.05, "det": 0, "cls": 0})
+    assert results["drop_own"] == pytest.approx({"seg": 0.05, "det": 0.2, "cls": 0})
+    assert results["verdict"] == {"seg": True, "det": False, "cls": True, "params": True, "latency": True, "time": True,
+                                  "all": False}
+    results["baseline"]["cls"] = 0.19  # chance cannot be forgotten, and does not pass
+    metrics.judge(results)
+    assert results["drop"]["cls"] is None and not results["verdict"]["cls"]
+
+
+# ------------------------------------------------------------------------------------------------ oracles: losses
+
+def test_parameters_of_the_reference_configuration():
+    assert sum(p.numel() for p in OneHead((3, 6, 12), levels=1).parameters()) == 1_605_582
+    assert sum(p.numel() for p in OneHead().parameters()) < 8_000_000
+
+
+def test_outputs_and_channel_map():
+    model, images = OneHead().eval(), torch.randn(2, 3, 64, 96)
+    out = model(images)
+    assert out["seg"].shape == (2, 21, 64, 96) and out["cls"].shape == (2, 10)
+    assert out["det"].shape == (2, 8 * 12 + 4 * 6 + 2 * 3, 15) == (2, len(model.locations(images)), 15)
+    for task in TASKS:  # asking for one task changes nothing but the work
+        torch.testing.assert_close(model(images, (task,))[task], out[task])
+    with torch.no_grad():
+        model.head[2].weight[DET] += 1
+        changed = model(images)
+    assert torch.equal(changed["seg"], out["seg"]) and torch.equal(changed["cls"], out["cls"])
+    assert not torch.equal(changed["det"], out["det"])
+    assert [SEG.stop - SEG.start, DET.stop - DET.start, CLS.stop - CLS.start] == [21, 15, 10]
+
+
+def test_decode_inverts_encode():
+    locations = OneHead().locations(torch.zeros(1, 3, 128, 64))
+    boxes = torch.rand(len(locations), 4) * 100 + 5
+    torch.testing.assert_close(decode(encode(boxes, locations), locations), boxes)
+    t = torch.randn(len(locations), 4)
+    torch.testing.assert_close(encode(decode(t, locations), locations), t, atol=1e-4, rtol=1e-4)
+
+
+def test_worked_example_of_the_losses():
+    locations = OneHead().locations(torch.zeros(1, 3, 256, 256))
+    box = torch.tensor([[[40.0, 60, 104, 124]]])
+    cells = (losses.assign(box, torch.tensor([[5]]), locations)[0] >= 0).nonzero()[:, 0] - 32 * 32
+    assert cells.tolist() == [16 * row + column for row in (4, 5, 6) for column in (3, 4, 5)]  # 84 and its neighbours
+    cell = locations[32 * 32 + 84]
+    assert cell.tolist() == [72, 88, 16]
+    assert encode(box_convert(box[0, 0], "xyxy", "cxcywh"), cell).tolist() == [0, 0.25, 0, 0]
+
+
+def slow_assign(boxes, labels, locations, radius=1.5):
+    """The rule of `assign` as loops over cells and boxes."""
+    strides = locations[:, 2].unique().tolist()
+    index = []
+    for x, y, s in locations.tolist():
+        best = (float("inf"), -1)
+        for j, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
+            longer, cx, cy = max(x2 - x1, y2 - y1), (x1 + x2) / 2, (y1 + y2) / 2
+            level = next((t for t in strides if longer < 8 * t), strides[-1])
+            home = cx // s == x // s and cy // s == y // s
+            near = x1 < x < x2 and y1 < y < y2 and abs(x - cx) < radius * s and abs(y - cy) < radius * s
+            if labels[j] >= 0 and level == s and (home or near):
+                best = min(best, ((x2 - x1) * (y2 - y1), j))
+        index.append(best[1])
+    return index
+
+
+def test_assignment_agrees_with_loops():
+    torch.manual_seed(0)
+    locations = OneHead().locations(torch.zeros(1, 3, 192, 192))
+    for _ in range(3):
+        corner = torch.rand(12, 2) * 150
+        boxes = torch.cat([corner, (corner + torch.rand(12, 1) ** 2 * 180 + 3).clamp(max=191)], 1)
+        labels = torch.arange(12) % 6 - 1
+        assert losses.assign(boxes[None], labels[None], locations)[0].tolist() == slow_assign(boxes, labels, locations)
+
+
+def test_the_smaller_box_wins_a_contested_cell_and_rows_are_y():
+    locations = OneHead(levels=1).locations(torch.zeros(1, 3, 64, 64))
+    boxes = torch.tensor([[[0.0, 0, 60, 64], [24, 40, 36, 52]], [[24, 40, 36, 52], [0, 0, 60, 64]]])
+    index = losses.assign(boxes, torch.tensor([[1, 2], [2, 1]]), locations)
+    assert index[0].view(8, 8)[5, 3] == 1 and index[1].view(8, 8)[5, 3] == 0  # y = 46 -> row 5, x = 30 -> column 3
+    corner = losses.assign(torch.tensor([[[60.0, 60, 68, 68]]]), torch.tensor([[0]]), locations)
+    assert corner[0].view(8, 8)[7, 7] == 0  # a centre on the far border stays on the map
+
+
+def test_detection_loss_by_hand():
+    locations = OneHead(levels=1).locations(torch.zeros(1, 3, 32, 32))  # 16 cells
+    det = torch.zeros(1, 16, 15)
+    det[..., :4] = torch.tensor([16.0, 16, 8, 8])
+    target = {"boxes": torch.tensor([[[17.0, 9, 23, 15]]]), "labels": torch.tensor([[4]])}  # in one cell: row 1, column 2
+    ln2, ln10 = np.log(2), np.log(10)
+    giou = generalized_box_iou_loss(torch.tensor([[12.0, 12, 20, 20]]), target["boxes"][0])
+    assert losses.det_loss(det, target, locations).item() == pytest.approx(2 * giou.item() + ln10 + 16 * ln2, rel=1e-5)
+    empty = {"boxes": torch.zeros(1, 0, 4), "labels": torch.zeros(1, 0, dtype=int)}
+    det.requires_grad_()
+    loss = losses.det_loss(det, empty, locations)
+    loss.backward()
+    assert loss.item() == pytest.approx(16 * ln2, rel=1e-5)
+    assert det.grad[..., 4].abs().min() > 0 and det.grad.isfinite().all()  # confidence covers every cell
+
+
+def test_segmentation_loss_agrees_with_upsampled_cross_entropy():
+    torch.manual_seed(0)
+    logits, mask = torch.randn(3, 21, 4, 6), torch.randint(0, 21, (3, 32, 48))
+    mask[torch.rand(mask.shape) < 0.3] = IGNORE
+    full = F.interpolate(logits, mask.shape[1:], mode="bilinear")
+    torch.testing.assert_close(losses.seg_loss(logits, mask), F.cross_entropy(full, mask, ignore_index=IGNORE))
+    assert losses.seg_loss(logits, torch.full_like(mask, IGNORE)) == 0
+
+
+def test_untrained_confidence_is_the_prior():
+    det = OneHead().eval()(torch.zeros(1, 3, 64, 64))["det"]
+    assert det[..., 4].sigmoid().mean().item() == pytest.approx(0.01, rel=0.3)
+
+
+def test_detections_are_per_class_and_sorted():
+    det = torch.full((4, 15), -9.0)
+    det[:, :4] = torch.tensor([[10.0, 10, 8, 8], [10.5, 10, 8, 8], [10, 10, 8, 8], [40, 40, 8, 8]])
+    det[:, 4] = torch.tensor([2.0, 1.0, 0.0, -9.0])
+    det[range(3), [5, 5, 7]] = 9.0
+    boxes, scores, labels = detections(det)
+    assert labels.tolist() == [0, 2] and scores.tolist() == sorted(scores.tolist(), reverse=True)
+    assert boxes[0].tolist() == [6, 6, 14, 14]
+
+
+# ------------------------------------------------------------------------------------------------ invariants: model
+
+def settings(**more):
+    return SimpleNamespace(**{**dict(seed=0, weights="none", device="cpu", image_size=64, epochs=[1, 1, 1], lr=[1e-3] * 3,
+                                     trunk_lr=1.0, batch_size=4, weight_decay=0.1, eval_every=0, replay_images=10,
+                                     replay_batch=2, replay_weight=1.0, replay_tasks=list(TASKS)), **more})
+
+
+def one_stage(model, task, shapes, remedies=()):
+    return train.train_stage(model, task, MiniSet(shapes, task, "train", 64), remedies, settings(), train.Clock(1), task)
+
+
+def buffers(model):
+    return {k: v.clone() for k, v in model.named_buffers()}
+
+
+def test_fixed_batchnorm_is_bit_identical_after_an_epoch_and_live_is_not(shapes):
+    model = train.new_model(settings())
+    before = buffers(model)
+    one_stage(model, "seg", shapes)  # new layers learn in the first stage
+    assert any(not torch.equal(before[k], v) for k, v in model.named_buffers())
+    model.fix_batchnorm()
+    before = buffers(model)
+    one_stage(model, "det", shapes)
+    assert before and all(torch.equal(before[k], v) for k, v in model.named_buffers())
+    assert model.training and not any(m.training for m in model.batchnorms().values())
+    model.free_batchnorm()
+    one_stage(model, "det", shapes)
+    assert any(not torch.equal(before[k], v) for k, v in model.named_buffers())
+
+
+def test_output_rows_of_other_tasks_are_bit_identical_after_a_stage(shapes):
+    model = train.new_model(settings())
+    before = {k: v.clone() for k, v in model.head[2].named_parameters()}
+    one_stage(model, "det", shapes)
+    for name, value in model.head[2].named_parameters():
+        assert torch.equal(value[SEG], before[name][SEG]) and torch.equal(value[CLS], before[name][CLS])
+        assert not torch.equal(value[DET], before[name][DET])
+
+
+def test_pretrained_trunk_is_loaded_and_its_batchnorm_fixed(tmp_path):
+    trunk = {f"features.{k}": v + 1 if v.is_floating_point() else v for k, v in OneHead().features.state_dict().items()}
+    torch.save({**trunk, "classifier.0.weight": torch.zeros(1)}, tmp_path / "trunk.pth")
+    model = OneHead()
+    load_weights(model, str(tmp_path / "trunk.pth"))
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in trunk.items())
+    assert not any(m.training for m in model.train().batchnorms().values())
+    assert all(m.training for m in OneHead().train().batchnorms().values())
+    assert {m.momentum for m in OneHead().batchnorms().values()} == {0.1}
+
+
+def test_saved_model_comes_back_whole(tmp_path):
+    model = OneHead((3, 6, 12), levels=1).eval()
+    save_model(tmp_path / "model.pt", model, 96, {"cls": ["a", "b"]})
+    again, size, classes = load_model(tmp_path / "model.pt")
+    image = torch.randn(1, 3, 64, 64)
+    assert (size, classes, again.strides) == (96, {"cls": ["a", "b"]}, [8])
+    assert torch.equal(again(image)["det"], model(image)["det"])
+    other = OneHead()
+    with pytest.raises(UserError, match="not this architecture"):
+        load_weights(other, str(tmp_path / "model.pt"))
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch evil",)
+
+
+def test_bad_checkpoints_end_in_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": Evil()}, "evil.pt")
+    Path("cut.pt").write_bytes(b"PK\x03\x04 cut off")
+    torch.save({"arch": {"taps": [3, 8, 12]}, "model": {}, "image_size": 1, "classes": {}}, "other.pt")
+    for name in ("evil.pt", "cut.pt", "missing.pt", "other.pt"):
+        with pytest.raises(UserError, match=name):
+            load_model(name)
+        with pytest.raises(UserError, match=name):
+            load_weights(OneHead(), name)
+    assert not Path("evil").exists()
+
+    def offline(*args, **kwargs):
+        raise OSError("no route to host")
+    monkeypatch.setattr("torchvision.models.MobileNet_V3_Small_Weights.get_state_dict", offline)
+    with pytest.raises(UserError, match="--weights PATH, or .* --weights none"):
+        load_weights(OneHead(), "imagenet")
+
+
+# ------------------------------------------------------------------------------------------------- invariants: data
+
+def test_draw_covers_rare_classes():
+    labels = {f"{i:03}": {"common"} for i in range(100)} | {"007": {"rare", "common"}, "050": {"second"}}
+    for seed in range(5):
+        assert {"007", "050"} <= set(islice(data.draw(labels, random.Random(seed)), 4))
+    assert sorted(data.draw(labels, random.Random(0))) == sorted(labels)
+
+
+def test_augmentation_moves_image_and_target_together():
+    torch.manual_seed(0)
+    mask = torch.zeros(64, 64, dtype=torch.uint8)
+    mask[10:30, 20:50] = 7
+    red = torch.tensor([255, 0, 0], dtype=torch.uint8).view(3, 1, 1)
+    image = tv_tensors.Image((mask > 0) * red)  # a red patch on black; a zoom out adds grey
+    boxes = tv_tensors.BoundingBoxes([[20.0, 10, 50, 30]], format="XYXY", canvas_size=(64, 64))
+    seg, det = data.augmentation("seg", 64), data.augmentation("det", 64)
+    moved = 0
+    for _ in range(20):
+        x, target = seg(image, {"mask": tv_tensors.Mask(mask)})
+        seen, shown = x[0].int() - x[1].int() > 60, target["mask"] == 7
+        assert (seen != shown).float().mean() < 0.06  # bilinear against nearest borders
+        moved += not torch.equal(shown, mask == 7)
+        x, target = det(image, {"boxes": boxes, "labels": torch.tensor([3])})
+        y, x = (x[0].int() - x[1].int() > 60).nonzero().unbind(1)
+        if len(target["boxes"]):
+            seen = torch.stack([x.min(), y.min(), x.max() + 1, y.max() + 1])
+            assert (seen - target["boxes"][0]).abs().max() < 3
+        else:
+            assert len(x) < 200  # cropped away, but for a sliver
+    assert moved > 10
+
+
+def test_collate_normalises_and_pads(shapes):
+    split = MiniSet(shapes, "det", "train", 64)
+    images, target = collate(split[:6])
+    raw = torch.stack([i for i, _ in split[:6]]).float() / 255
+    expected = (raw - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    torch.testing.assert_close(images, expected, atol=1e-4, rtol=1e-4)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    counts = [len(t["labels"]) for _, t in split[:6]]
+    assert target["boxes"].shape == (6, max(counts), 4) and (target["labels"] >= 0).sum(1).tolist() == counts
+    empty = (split[0][0], {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=int)})
+    assert collate([empty])[1]["boxes"].shape == (1, 0, 4)
+
+
+def test_boxes_are_scaled_clipped_and_skipped(copy, capsys):
+    file = copy / "mini_coco_det/annotations/mini_instances_val2017.json"
+    coco = json.loads(file.read_text())
+    first = coco["images"][0]["id"]
+    coco["annotations"] = [dict(id=i, image_id=first, category_id=2, bbox=b, area=1, iscrowd=crowd) for i, (b, crowd) in
+                           enumerate([([-10, 8, 30, 16], 0), ([5, 5, 0, 9], 0), ([70, 5, 9, 9], 0), ([0, 0, 64, 64], 1)])]
+    file.write_text(json.dumps(coco))
+    split = MiniSet(copy, "det", "val", 32)
+    assert split[0][1]["boxes"].tolist() == [[0, 4, 10, 12]]  # half size, clipped; the crowd is no target
+    assert len(split.truth[0]["annotations"]) == 2 and "skipped 2 boxes" in capsys.readouterr().out
+    assert split[1][1]["boxes"].shape == (0, 4)
+
+
+def test_classes_are_mapped_by_name(copy):
+    before = MiniSet(copy, "det", "val", 64)
+    file = copy / "mini_coco_det/annotations/mini_instances_val2017.json"
+    coco = json.loads(file.read_text())
+    names = {c["id"]: c["name"] for c in coco["categories"]}
+    coco["categories"] = [{"id": 90 - i, "name": n} for i, n in reversed(names.items())]
+    for a in coco["annotations"]:
+        a["category_id"] = 90 - a["category_id"]
+    file.write_text(json.dumps(coco))
+    after = MiniSet(copy, "det", "val", 64, before.classes)
+    assert all(torch.equal(a["labels"], b["labels"]) for (_, a), (_, b) in zip(before, after))
+    shutil.rmtree(copy / "imagenette_160/val" / sorted(data.SHAPES)[0])
+    split = MiniSet(copy, "cls", "val", 64, sorted(data.SHAPES))
+    assert [t["label"] for _, t in split] == list(range(1, 10))
+    with pytest.raises(UserError, match="unknown class"):
+        MiniSet(copy, "cls", "val", 64, ["a", "b"])
+
+
+def test_palette_indices_survive_and_bad_masks_are_named(copy):
+    file = copy / "mini_voc_seg/val/0003.png"
+    values = np.full((64, 64), 5, np.uint8)
+    values[:8] = IGNORE
+
+    def write(values, mode="P"):
+        mask = Image.fromarray(values)
+        if mode == "P":
+            mask.putpalette([random.randrange(256) for _ in range(768)])  # whatever the colours
+        mask.convert(mode).save(file)
+    write(values)
+    split = MiniSet(copy, "seg", "val", 32)
+    assert np.array_equal(split.truth[3], values) and set(split[3][1]["mask"].unique().tolist()) == {5, IGNORE}
+    for bad, mode in ((values + 30, "P"), (values, "RGB"), (values[:9], "P")):
+        write(bad, mode)
+        with pytest.raises(UserError, match="0003.png"):
+            MiniSet(copy, "seg", "val", 32)
+
+
+def test_bad_data_ends_in_one_sentence(copy):
+    photo = copy / "imagenette_160/val" / data.SHAPES[0] / "0000.JPEG"
+    photo.write_bytes(photo.read_bytes()[:300])
+    with pytest.raises(UserError, match="0000.JPEG"):
+        MiniSet(copy, "cls", "val", 64)
+    (copy / "mini_coco_det/annotations/mini_instances_val2017.json").write_text('{"images": [')
+    with pytest.raises(UserError, match="mini_instances_val2017.json"):
+        MiniSet(copy, "det", "val", 64)
+    shutil.rmtree(copy / "mini_voc_seg/val")
+    with pytest.raises(UserError, match="no images"):
+        MiniSet(copy, "seg", "val", 64)
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    """The three originals in their official layouts, in small, with every defect that sampling must survive."""
+    root, rng = tmp_path_factory.mktemp("originals"), np.random.default_rng(0)
+
+    def photo(path, size=(48, 40)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (5, 6, 3), np.uint8)).resize(size, Image.BICUBIC).save(path)
+        return path
+    voc, coco = root / "VOCdevkit/VOC2012", root / "coco"
+    for split in ("train", "val"):
+        for i in range(8):
+            photo(voc / f"JPEGImages/{split}{i}.jpg")
+            mask = Image.fromarray(np.full((40, 48), i + 1, np.uint8))
+            mask.putpalette(list(range(256)) * 3)
+            (voc / "SegmentationClass").mkdir(exist_ok=True)
+            mask.save(voc / f"SegmentationClass/{split}{i}.png")
+            for c in range(2):
+                photo(root / f"imagenette2-160/{split}/n{c}/{split}_{i}.JPEG")
+        (voc / "ImageSets/Segmentation").mkdir(parents=True, exist_ok=True)
+        (voc / f"ImageSets/Segmentation/{split}.txt").write_text("\n".join(f"{split}{i}" for i in range(8)))
+        images = [dict(id=i, file_name=f"{split}{i:012}.jpg", width=48, height=40) for i in range(10)]
+        for image in images:
+            photo(coco / f"{split}2017" / image["file_name"])
+        categories = [dict(id=1, name="person"), dict(id=18, name="dog"), dict(id=99, name="banana")]
+        annotations = [dict(id=i, image_id=i, category_id=(1, 18)[i % 2], bbox=[4, 4, 20, 20], area=400, iscrowd=0)
+                       for i in range(9)] + [dict(id=50, image_id=9, category_id=99, bbox=[1, 1, 9, 9], area=81, iscrowd=0)]
+        (coco / "annotations").mkdir(exist_ok=True)
+        (coco / f"annotations/instances_{split}2017.json").write_text(
+            json.dumps(dict(images=images, annotations=annotations, categories=categories)))
+    folder = coco / "train2017"
+    shutil.copy(voc / "JPEGImages/train0.jpg", folder / "train000000000000.jpg")  # a VOC photo under another name
+    (folder / "train000000000001.jpg").write_bytes(b"truncated")
+    photo(folder / "train000000000002.jpg", (30, 30))  # not of the annotated size
+    return root
+
+
+def contents(root):
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def test_prepare_is_reproducible_exclusive_and_survives_defects(originals, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "COUNTS", {"train": 6, "val": 4})
+    first, second, third = tmp_path / "a", tmp_path / "b", tmp_path / "c"
+    for out in (first, second, first):  # the third time over an earlier preparation
+        data.main(["--originals", str(originals), "--out", str(out)])
+    assert contents(first) == contents(second)
+    text = capsys.readouterr().out
+    for defect in ("looks like an image", "not a readable image", "not of the annotated size"):
+        assert defect in text
+    data.main(["--originals", str(originals), "--out", str(third), "--sample", str(first / "sample.json"), "--seed", "9"])
+    assert contents(third) == contents(first)
+    sample = json.loads((first / "sample.json").read_text())
+    assert [len(sample[f][s]) for f in data.FOLDERS.values() for s in ("train", "val")] == [6, 4] * 3
+    assert not {f"train{i:012}.jpg" for i in (0, 1, 2, 9)} & set(sample["mini_coco_det"]["train"])
+    for split in ("train", "val"):
+        coco = json.loads((first / f"mini_coco_det/annotations/mini_instances_{split}2017.json").read_text())
+        assert [c["name"] for c in coco["categories"]] == data.SAMPLED_CLASSES
+    photos = [v for k, v in contents(first).items() if k.lower().endswith(("jpg", "jpeg"))]
+    assert len(set(photos)) == len(photos) == 30
+
+
+def test_prepare_refuses_what_it_cannot_do(originals, tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match="move it away"):
+        data.main(["--originals", str(originals), "--out", str(tmp_path / "mine")])
+    with pytest.raises(UserError, match="of 240 images"):
+        data.main(["--originals", str(originals), "--out", str(tmp_path / "few")])
+    with pytest.raises(UserError, match="images for mini_voc_seg|--originals"):
+        data.main(["--originals", str(tmp_path / "nowhere"), "--out", str(tmp_path / "few")])
+    assert (tmp_path / "mine/thesis.txt").exists() and not (tmp_path / "few").exists()
+
+
+def test_shapes_are_reproducible_and_exclusive(shapes, tmp_path):
+    data.draw_shapes(tmp_path / "again", COUNTS, size=64, seed=3)
+    assert contents(tmp_path / "again") == contents(shapes)
+    photos = [v for k, v in contents(shapes).items() if k.lower().endswith(("jpg", "jpeg"))]
+    assert len(set(photos)) == len(photos) == 90
+
+
+# --------------------------------------------------------------------------------------------- invariants: forgetting
+
+def test_replay_buffer_size_cover_and_constancy(shapes):
+    samples, model = MiniSet(shapes, "det", "train", 64), OneHead()
+    for images in (3, 10):
+        replay = forgetting.Replay(settings(replay_images=images))
+        replay.remember("det", model, samples)
+        stored = replay.buffer["det"]
+        assert len(stored) == images
+    assert {c for _, t in stored for c in data.class_indices(t)} == {c for _, t in samples for c in data.class_indices(t)}
+    before = [image.clone() for image, _ in stored]
+    replay.remember("cls", model, MiniSet(shapes, "cls", "train", 64))
+    for _ in range(3):
+        assert replay.penalty(model, "cpu").requires_grad
+    assert replay.buffer["det"] is stored and all(torch.equal(a, b) for a, (b, _) in zip(before, stored))
+    assert all(any(image is original for original, _ in samples) for image, _ in stored)  # un-augmented
+    only = forgetting.Replay(settings(replay_tasks=["seg"]))
+    only.remember("det", model, samples)
+    assert only.buffer == {} and only.penalty(model, "cpu") == 0
+
+
+# ------------------------------------------------------------------------------------------------------- whole runs
+
+def test_a_run_writes_everything_and_eval_reproduces_it(shapes, finished, tmp_path, capsys):
+    out, results = finished
+    assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert {"args", "data", "params", "latency_ms", "seconds", "device", "tasks", "metrics", "baseline", "matrix", "final",
+            "map_50_95", "drop", "drop_own", "verdict", "history"} <= set(results)
+    assert len(results["matrix"]) == 3 and set(results["seconds"]) == {"baselines", "stages", "total"}
+    assert results["baseline"]["seg"] == results["matrix"][0]["seg"] and results["final"] == results["matrix"][2]
+    assert [(h["stage"], h["task"]) for h in results["history"]] == [(1, "seg"), (2, "det"), (3, "cls")]
+    measured = train.main(["--eval", str(out / "model.pt"), "--data", str(shapes), "--tasks", "all", "--device", "cpu"])
+    assert {t: measured[t] for t in TASKS} == results["final"] and measured["map_50_95"] == results["map_50_95"]
+    assert measured["n"] == {"seg": 10, "det": 10, "cls": 10} and json.loads((out / "eval.json").read_text()) == measured
+
+
+def test_eval_of_a_folder_with_val_alone(copy, finished, tmp_path):
+    out, results = finished
+    for folder in data.FOLDERS.values():
+        shutil.rmtree(copy / folder / "train")
+    shutil.rmtree(copy / "mini_voc_seg")
+    shutil.rmtree(copy / "imagenette_160/val" / data.SHAPES[3])
+    model = str(out / "model.pt")
+    measured = train.main(["--eval", model, "--data", str(copy), "--out", str(tmp_path / "e.json"), "--device", "cpu"])
+    assert measured["seg"] is None and measured["det"] == results["final"]["det"] and measured["n"] == {"det": 10, "cls": 9}
+    with pytest.raises(UserError, match="mini_voc_seg"):
+        train.main(["--eval", model, "--data", str(copy), "--tasks", "seg"])
+
+
+def test_same_seed_same_numbers_and_another_seed_others(shapes, finished, tmp_path):
+    _, results = finished
+    again = train.main(flags(shapes, tmp_path / "again"))
+    for key in ("baseline", "matrix", "final", "map_50_95", "drop"):
+        assert again[key] == results[key]
+    assert train.main(flags(shapes, tmp_path / "other", "--seed", "1"))["history"][0]["loss"] != again["history"][0]["loss"]
+
+
+@pytest.mark.parametrize("strategy", ["none", "replay"])
+@pytest.mark.parametrize("bn", ["fixed", "live"])
+def test_every_strategy_runs_and_shares_the_baselines(shapes, finished, strategy, bn, capsys):
+    out = finished[0].parent / f"{strategy}-{bn}"
+    results = train.main(flags(shapes, out, "--strategy", strategy, "--bn", bn))
+    assert results["baseline"] == finished[1]["baseline"] and "baseline det epoch" not in capsys.readouterr().out
+    penalties = [h["penalty"] for h in results["history"]]
+    assert penalties[0] == 0 and all((p > 0) == (strategy == "replay") for p in penalties[1:])
+
+
+def test_compare_prints_a_row_per_strategy(shapes, finished, tmp_path):
+    second = tmp_path / "replay-seed1"
+    train.main(flags(shapes, second, "--seed", "1"))
+    lines = metrics.compare([finished[0], second, tmp_path / "nothing"]).splitlines()
+    assert len(lines) == 3 and lines[2].startswith("| replay | 2 |") and "±" in lines[2]
+
+
+def test_wrong_use_ends_in_one_sentence(shapes, finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for wrong, sentence in ((["--data", "nowhere"], "nowhere"), (["--strategy", "prayer"], "prayer"),
+                            (["--replay-images", "11"], "at most 10"), (["--epochs", "1", "2"], "one positive value, or three"),
+                            (["--image-size", "100"], "multiple of 32"), (["--out", str(finished[0])], "finished run"),
+                            (["--weights", "none.pth"], "none.pth"), (["--lr", "1e9"], "--lr")):
+        with pytest.raises(UserError, match=sentence):
+            train.main(flags(shapes, tmp_path / "out") + wrong)
+
+
+def test_interrupt_keeps_what_is_finished(shapes, tmp_path, monkeypatch):
+    real = train.train_stage
+
+    def interrupted(model, task, samples, remedies, args, clock, title, *rest):
+        if title.startswith("stage 3"):
+            raise KeyboardInterrupt
+        return real(model, task, samples, remedies, args, clock, title, *rest)
+    monkeypatch.setattr(train, "train_stage", interrupted)
+    with pytest.raises(UserError, match="model.pt"):
+        train.main(flags(shapes, tmp_path / "run"))
+    assert load_model(tmp_path / "run/model.pt") and len(list((tmp_path / ".baselines").glob("*.pt"))) == 3
+    monkeypatch.undo()
+    assert train.main(flags(shapes, tmp_path / "run"))["verdict"] is not None  # an unfinished folder may be taken again

@@ -11,7 +11,6 @@ import argparse
 import json
 import random
 import shutil
-import sys
 import zipfile
 from collections import Counter
 from itertools import product
@@ -30,9 +29,8 @@ TASKS = ("seg", "det", "cls")  # in the order of the stages
 FOLDERS = {"seg": "mini_voc_seg", "det": "mini_coco_det", "cls": "imagenette_160"}
 COUNTS = {"train": 240, "val": 60}  # images of each task
 IGNORE = 255
-# A mask's palette index is its class; VOC's list names the indices, and nothing in the layout can rename them.
 VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
-               "person pottedplant sheep sofa train tvmonitor").split()
+               "person pottedplant sheep sofa train tvmonitor").split()  # an index of a mask is a position here
 SAMPLED_CLASSES = "person bicycle car motorcycle bus truck cat dog chair tv".split()  # used by the sampling alone
 COCO_ANNOTATIONS = "http://images.cocodataset.org/annotations/annotations_trainval2017.zip"
 
@@ -87,24 +85,31 @@ def list_coco(file, folder):
                 continue
             box = {"bbox": [round(v, 2) for v in (x1, y1, x2 - x1, y2 - y1)], "area": a.get("area", w * h)}
             image["boxes"].append((names[a["category_id"]], {**box, "iscrowd": a.get("iscrowd", 0)}))
+        samples = [(folder / i["file_name"], i) for i in images.values() if i["width"] and i["height"]]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{file}: not a readable COCO annotation file ({type(e).__name__}: {e}); prepare it again.")
     if skipped:
         print(f"{file}: skipped {skipped} boxes without width or height inside their image")
-    return list(names.values()), [(folder / i["file_name"], i) for i in images.values()]
+    return list(names.values()), samples
 
 
 class MiniSet(list):
     """One split of one task, decoded once and held in memory: a list of (uint8 tv_tensors.Image, target dict).
 
-    Memory: 3·size² bytes an image, 0.7 GB for all 900 at 512 px. `classes`: the names whose position is the index,
-    at most 10 (default: the split's own); another name raises UserError. `truth` is what the metrics compare with at
-    the original resolution: masks (seg), image records with COCO annotations (det)."""
-    def __init__(self, root, task, split, size, classes=None):
+    Memory: 3·size² bytes an image, 0.7 GB for all 900 at 512 px. `classes`: the names whose position is the index, at
+    most 10 (default: the split's own); others raise UserError, or are left out and named if skip_unknown. `truth` is
+    what the metrics compare with at the original resolution: masks (seg), image records with annotations (det)."""
+    def __init__(self, root, task, split, size, classes=None, skip_unknown=False):
         names, samples = list_split(root, task, split)
-        self.task, self.classes, self.truth = task, list(classes or names), []
+        self.classes, self.truth = list(classes or names), []
         if task != "seg" and len(self.classes) > 10:
             raise UserError(f"{root}: {len(self.classes)} {task} classes, but the head has 10; keep at most 10.")
+        if unknown := ", ".join(name for name in names if name not in self.classes):
+            if not skip_unknown:
+                raise UserError(f"{root}: unknown {task} classes {unknown}; known are {', '.join(self.classes)}.")
+            print(f"{root}: leaves out the {task} classes {unknown}, which this model does not know")
+            samples = [(path, t) for path, t in samples if task == "det" or t in self.classes]
+        self.paths = [path for path, _ in samples]
         for path, target in samples:
             image = read_image(path)
             if task == "seg":
@@ -116,7 +121,8 @@ class MiniSet(list):
             elif task == "det":
                 if (target["width"], target["height"]) != image.size:
                     raise UserError(f"{path}: {image.size} pixels, not as annotated; prepare it again.")
-                annotations = [{"category_id": self.index(name, path), **a} for name, a in target["boxes"]]
+                annotations = [{"category_id": self.classes.index(name), **a} for name, a in target["boxes"]
+                               if name in self.classes]
                 self.truth.append({**target, "annotations": annotations})
                 # a crowd's box encloses many objects: a truth for COCOeval to ignore, not one to learn
                 known = [a for a in annotations if not a["iscrowd"]]
@@ -125,13 +131,8 @@ class MiniSet(list):
                 target = {"boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(size, size)),
                           "labels": torch.tensor([a["category_id"] for a in known], dtype=torch.int64)}  # (M,)
             else:
-                target = {"label": self.index(target, path)}
+                target = {"label": self.classes.index(target)}
             self.append((tv_tensors.Image(image.resize((size, size), Image.BILINEAR)), target))
-
-    def index(self, name, path):
-        if name not in self.classes:
-            raise UserError(f"{path}: unknown class '{name}'; the known ones are {', '.join(self.classes)}.")
-        return self.classes.index(name)
 
 
 def class_indices(target):
@@ -142,8 +143,7 @@ def class_indices(target):
 def augmentation(task, size):
     """Random zoom out, crop, flip and colour, the same geometry for the image and its mask or boxes."""
     steps = [v2.RandomZoomOut({tv_tensors.Image: [124, 116, 104], tv_tensors.Mask: IGNORE}, side_range=(1, 1.6), p=0.3),
-             v2.RandomResizedCrop(size, scale=(0.4, 1)),
-             v2.RandomHorizontalFlip(),
+             v2.RandomResizedCrop(size, scale=(0.4, 1)), v2.RandomHorizontalFlip(),
              v2.ColorJitter(0.3, 0.3, 0.3)]  # no hue: among the shapes it tells the classes apart
     return v2.Compose(steps + [v2.SanitizeBoundingBoxes(min_size=2)] * (task == "det"))
 
@@ -154,7 +154,7 @@ def draw(labels, rng):
     left, count = sorted(labels), Counter()
     rng.shuffle(left)
     while left:
-        name = min(left, key=lambda name: min((count[c] for c in labels[name]), default=0))  # ties: at random
+        name = min(left, key=lambda name: min((count[c] for c in labels[name]), default=np.inf))  # ties: at random
         left.remove(name)
         count.update(labels[name])
         yield name
@@ -185,14 +185,14 @@ def prepare(out, originals, seed=0, sample=None, fetch=False):
     """Writes the three mini-sets and sample.json to `out`, drawn from `originals` or exactly those of `sample`. An
     image that is missing, damaged, not of its annotated size, or like one already taken by any task or split is skipped
     and named. fetch: download COCO's images as they are drawn. Raises UserError if too few are left."""
-    out, originals = Path(out), Path(originals)
-    if out.exists() and not (out / "sample.json").is_file():
-        raise UserError(f"{out}: exists but was not written by data.py; move it away or choose another --out.")
+    out, originals, known = Path(out).resolve(), Path(originals), {*FOLDERS.values(), "sample.json"}
+    if out.exists() and not (out / "sample.json").is_file() or {p.name for p in out.glob("*")} - known:
+        raise UserError(f"{out}: holds what data.py did not write; move that away or choose another --out.")
     shutil.rmtree(part := out.with_name(out.name + ".part"), ignore_errors=True)
     rng, taken, chosen = random.Random(seed), [], {FOLDERS[task]: {} for task in TASKS}
     for task, split in product(TASKS, COUNTS):
         found, folder, names = pool(originals, task, split), part / FOLDERS[task], []
-        order = sample[FOLDERS[task]][split] if sample else draw({name: c[0] for name, c in found.items()}, rng)
+        order = sample[task, split] if sample else draw({name: c[0] for name, c in found.items()}, rng)
         wanted = len(order) if sample else COUNTS[split]
         for name in order:
             if len(names) == wanted:
@@ -210,7 +210,7 @@ def prepare(out, originals, seed=0, sample=None, fetch=False):
                 if any(np.abs(mark - other).mean() < 5 for other in taken):
                     raise UserError(f"{path}: looks like an image that is taken already.")
             except UserError as e:
-                print(f"\nskipped: {e}")
+                print(f"skipped: {e}")
                 continue
             target = folder / split / (name if task == "cls" else path.name)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -219,11 +219,10 @@ def prepare(out, originals, seed=0, sample=None, fetch=False):
                 shutil.copyfile(extra, target.with_suffix(".png"))
             names.append(name)
             taken.append(mark)
-            if sys.stdout.isatty() or len(names) == wanted:
-                print(f"\r{FOLDERS[task]} {split}: {len(names)} of {wanted} images", end="", flush=True)
+            if len(names) % 60 == 0:
+                print(f"{FOLDERS[task]} {split}: {len(names)} of {wanted} images", flush=True)
         if len(names) < wanted or not names:
-            raise UserError(f"{originals}: only {len(names)} of {wanted} images for {FOLDERS[task]} {split}; "
-                            f"complete it and run again ({out} was not touched).")
+            raise UserError(f"{originals}: {len(names)} of {wanted} images for {folder.name} {split}; complete it.")
         chosen[FOLDERS[task]][split] = sorted(names)
         if task == "det":
             write_coco(folder, split, [found[name][2] for name in sorted(names)], SAMPLED_CLASSES)
@@ -251,26 +250,25 @@ def report(root):
         print(f"\n{FOLDERS[task]}: {len(train)} train, {len(sets[1])} val images; {unit} per class:")
         found = [np.concatenate([class_indices(target) for _, target in s]) for s in sets]
         for c, name in enumerate(train.classes):
-            print(f"  {name:16}", *(f"{(f == c).mean() * 100 if task == 'seg' else (f == c).sum():8.4g}" for f in found))
-    size = sum(p.stat().st_size for p in Path(root).rglob("*") if p.is_file()) / 1e6
-    print(f"{size:.0f} MB of the 120 MB allowed")
+            print(f"  {name:16}", *(f"{100 * (f == c).mean() if task == 'seg' else sum(f == c):8.4g}" for f in found))
+    print(f"{sum(p.stat().st_size for p in Path(root).rglob('*')) / 1e6:.0f} MB of the 120 MB allowed")
 
 
 def download_originals(root):
     """Fetches VOC 2012 and Imagenette (torchvision's archives, MD5-checked) and COCO's annotations to `root`."""
     try:
-        if not (root / "extracted").exists():  # a marker: an interrupted extraction leaves folders as well
-            for name in ("VOCdevkit", "imagenette2-160"):
-                shutil.rmtree(root / name, ignore_errors=True)
-            VOCSegmentation(root, "2012", "trainval", download=True)
-            Imagenette(root, "train", "160px", download=True)
-            (root / "extracted").touch()
+        for name, get in (("VOCdevkit", lambda: VOCSegmentation(root, "2012", "trainval", download=True)),
+                          ("imagenette2-160", lambda: Imagenette(root, "train", "160px", download=True))):
+            if not (root / name / ".extracted").exists():  # the marker of an extraction that was not interrupted
+                if (root / name).exists():
+                    raise UserError(f"{root / name} may be incomplete: delete it, or try --originals {root}.")
+                get()
+                (root / name / ".extracted").touch()
         download_url(COCO_ANNOTATIONS, str(root / "coco"), md5="f4bbac642086de4f52a3fdda2de5fa2c")
         with zipfile.ZipFile(root / "coco" / COCO_ANNOTATIONS.rsplit("/", 1)[1]) as archive:
             if broken := archive.testzip():
                 raise RuntimeError(f"{broken} in {archive.filename} is damaged, delete that file")
-            for split in COUNTS:
-                archive.extract(f"annotations/instances_{split}2017.json", root / "coco")
+            archive.extractall(root / "coco", [f"annotations/instances_{split}2017.json" for split in COUNTS])
     except (OSError, RuntimeError, EOFError, zipfile.BadZipFile) as e:
         raise UserError(f"Downloading the originals failed ({e}); run the command again: whole archives are kept.")
 
@@ -346,9 +344,10 @@ def main(argv=None):
     parser.add_argument("--sample", help="a sample.json: take exactly the files named there instead of drawing")
     args = parser.parse_args(argv)
     try:
-        sample = json.loads(Path(args.sample).read_text()) if args.sample else None
-    except (OSError, ValueError) as e:
-        raise UserError(f"--sample {args.sample}: not a readable sample.json ({e}).")
+        sample = args.sample and {(task, split): json.loads(Path(args.sample).read_text())[FOLDERS[task]][split]
+                                  for task, split in product(TASKS, COUNTS)}
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"--sample {args.sample}: not a readable sample.json ({type(e).__name__}: {e}).")
     originals = Path(args.originals or "originals")
     if not args.originals:
         download_originals(originals)

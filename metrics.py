@@ -102,9 +102,9 @@ def evaluate(model, splits, device, batch_size=8):
 
 @torch.no_grad()
 def latency_ms(model, device, size=512, runs=20):
-    """Median milliseconds for one size×size image, from the normalised tensor to all three outputs, after warm-up."""
+    """Median milliseconds for one size×size image of noise, from the normalised tensor to all outputs after NMS."""
     model.eval()
-    image = torch.zeros(1, 3, size, size, device=device).to(memory_format=torch.channels_last)
+    image = torch.randn(1, 3, size, size, device=device).to(memory_format=torch.channels_last)
     times = []
     for _ in range(runs + 5):
         start = time.perf_counter()
@@ -157,18 +157,18 @@ def show(results):
 
 
 def compare(folders):
-    """Runs -> a Markdown table: a row per strategy (and settings), mean ± std over seeds."""
+    """Runs -> a Markdown table: a row per strategy, mean ± std over its seeds. Runs that differ in more than the seed
+    stand in rows of their own, which name the arguments that differ."""
     groups = {}
     for folder in folders:
-        file = Path(folder) / "results.json"
         try:
-            results = json.loads(file.read_text())
-            args = results["args"]
-            key = args["strategy"] + ", bn live" * (args["bn"] == "live")
-            settings = [results["data"], *(args[k] for k in ("image_size", "epochs", "lr"))]
-            groups.setdefault((key, json.dumps(settings)), []).append(results)
+            results = json.loads((Path(folder) / "results.json").read_text())
+            args = {k: v for k, v in results["args"].items() if k not in ("seed", "out", "data", "eval_every")}
+            groups.setdefault(json.dumps([args, results["data"]["sha256"]]), {})[results["args"]["seed"]] = results
         except (OSError, ValueError, KeyError) as e:
             print(f"skipped {folder}: no finished run ({type(e).__name__})", file=sys.stderr)
+    settings = [json.loads(key)[0] for key in groups]
+    varying = [k for k in (settings[0] if settings else ()) if any(s.get(k) != settings[0][k] for s in settings)]
 
     def cell(values, style):
         known = [v for v in values if v is not None]
@@ -180,8 +180,9 @@ def compare(folders):
     columns = [f"{NAMES[t]} {what}" for t in TASKS for what in ("baseline", "final", "drop")]
     head = ["strategy", "seeds", *columns, "pass"]
     lines = [head, ["---"] * len(head)]
-    for (strategy, _), runs in groups.items():
-        row = [strategy, str(len(runs))]
+    for args, runs in zip(settings, map(list, map(dict.values, groups.values()))):
+        row = [", ".join([args["strategy"], *(f"{k} {args.get(k)}" for k in varying if k != "strategy")])]
+        row.append(str(len(runs)))
         for t in TASKS:
             row += [cell([r["baseline"][t] for r in runs], ".3f"), cell([r["final"][t] for r in runs], ".3f"),
                     cell([r["drop"][t] for r in runs], "+.1%")]

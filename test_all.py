@@ -6,7 +6,7 @@ import json
 import os
 import random
 import shutil
-import sys
+import zipfile
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image
 from torchvision import tv_tensors
 from torchvision.ops import box_convert, box_iou, generalized_box_iou_loss
@@ -178,12 +179,49 @@ class Oracle(torch.nn.Module):
         return {"det": det}
 
 
-def test_oracle_scores_one_in_every_metric(shapes):
-    for task in TASKS:
-        split = MiniSet(shapes, task, "val", 64)
-        assert metrics.evaluate(Oracle(split), {task: split}, "cpu", batch_size=3)[task] == 1
-    split = MiniSet(shapes, "det", "val", 32)  # another working size: boxes go back to original pixels
-    assert metrics.evaluate(Oracle(split), {"det": split}, "cpu")["map_50_95"] == pytest.approx(1)
+def stretch(root, size=(96, 64)):
+    """Makes every photo, mask and annotation of the val splits `size` instead of 64×64."""
+    for file in [*root.glob("*/val/*.jpg"), *root.glob("*/val/*.png"), *root.glob("*/val/*/*.JPEG")]:
+        Image.open(file).resize(size, Image.NEAREST).save(file)
+    file = root / "mini_coco_det/annotations/mini_instances_val2017.json"
+    coco = json.loads(file.read_text())
+    for image in coco["images"]:
+        image["width"], image["height"] = size
+    for a in coco["annotations"]:
+        a["bbox"] = [v * n / 64 for v, n in zip(a["bbox"], 2 * size)]
+    file.write_text(json.dumps(coco))
+
+
+def test_oracle_scores_one_in_every_metric_on_oblong_images(copy):
+    stretch(copy)
+    split = MiniSet(copy, "seg", "val", 32)
+    assert split.truth[0].shape == (64, 96) and split[0][1]["mask"].shape == (32, 32)
+    assert metrics.evaluate(Oracle(split), {"seg": split}, "cpu", batch_size=3)["seg"] == 1
+    split = MiniSet(copy, "det", "val", 32)
+    found = split.truth[0]["annotations"][0]["bbox"]
+    torch.testing.assert_close(box_convert(split[0][1]["boxes"][0], "xyxy", "xywh"),
+                               torch.tensor(found) * torch.tensor([32 / 96, 32 / 64, 32 / 96, 32 / 64]))
+    assert metrics.evaluate(Oracle(split), {"det": split}, "cpu", batch_size=3)["map_50_95"] == pytest.approx(1)
+    split = MiniSet(copy, "cls", "val", 32)
+    assert metrics.evaluate(Oracle(split), {"cls": split}, "cpu", batch_size=3)["cls"] == 1
+
+
+class Left(torch.nn.Module):
+    """Answers class 1 on the left half of a 2×2 map and class 0 on the right half."""
+
+    def forward(self, images, tasks, upsample):
+        logits = torch.zeros(len(images), 21, 2, 2)
+        logits[:, 0, :, 1] = logits[:, 1, :, 0] = 1
+        return {"seg": logits}
+
+
+def test_miou_is_measured_at_the_original_resolution(copy):
+    for file in (copy / "mini_voc_seg/val").glob("*.png"):
+        mask = Image.fromarray(np.repeat(np.repeat([[1, 1, 1, 0]], 24, 1), 64, 0).astype(np.uint8))  # 72 of 96 columns
+        mask.save(file)
+        Image.new("RGB", (96, 64)).save(file.with_suffix(".jpg"))
+    split = MiniSet(copy, "seg", "val", 32)
+    assert metrics.evaluate(Left(), {"seg": split}, "cpu")["seg"] == pytest.approx((48 / 72 + 24 / 48) / 2)
 
 
 def test_drop_and_verdict_follow_the_rules():
@@ -411,6 +449,8 @@ def test_draw_covers_rare_classes():
     for seed in range(5):
         assert {"007", "050"} <= set(islice(data.draw(labels, random.Random(seed)), 4))
     assert sorted(data.draw(labels, random.Random(0))) == sorted(labels)
+    empty = {f"empty{i}": set() for i in range(40)}
+    assert "007" in list(islice(data.draw(labels | empty, random.Random(0)), 4))
 
 
 def test_augmentation_moves_image_and_target_together():
@@ -477,8 +517,10 @@ def test_classes_are_mapped_by_name(copy):
     shutil.rmtree(copy / "imagenette_160/val" / sorted(data.SHAPES)[0])
     split = MiniSet(copy, "cls", "val", 64, sorted(data.SHAPES))
     assert [t["label"] for _, t in split] == list(range(1, 10))
-    with pytest.raises(UserError, match="unknown class"):
-        MiniSet(copy, "cls", "val", 64, ["a", "b"])
+    with pytest.raises(UserError, match="unknown cls classes"):
+        MiniSet(copy, "cls", "val", 64, data.SHAPES[:5])
+    some = MiniSet(copy, "cls", "val", 64, data.SHAPES[:5], skip_unknown=True)
+    assert {some.classes[t["label"]] for _, t in some} == {*data.SHAPES[:5]} - {sorted(data.SHAPES)[0]}
 
 
 def test_palette_indices_survive_and_bad_masks_are_named(copy):
@@ -578,13 +620,52 @@ def test_prepare_is_reproducible_exclusive_and_survives_defects(originals, tmp_p
 def test_prepare_refuses_what_it_cannot_do(originals, tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("precious")
-    with pytest.raises(UserError, match="move it away"):
+    with pytest.raises(UserError, match="move that away"):
         data.main(["--originals", str(originals), "--out", str(tmp_path / "mine")])
     with pytest.raises(UserError, match="of 240 images"):
         data.main(["--originals", str(originals), "--out", str(tmp_path / "few")])
-    with pytest.raises(UserError, match="images for mini_voc_seg|--originals"):
+    with pytest.raises(UserError, match="0 of 240 images"):
         data.main(["--originals", str(tmp_path / "nowhere"), "--out", str(tmp_path / "few")])
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(UserError, match="bad.json"):
+        data.main(["--originals", str(originals), "--out", str(tmp_path / "few"), "--sample", str(tmp_path / "bad.json")])
     assert (tmp_path / "mine/thesis.txt").exists() and not (tmp_path / "few").exists()
+
+
+def test_download_checks_what_arrives_and_keeps_what_is_there(originals, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "COUNTS", {"train": 6, "val": 4})
+    calls = []
+
+    def archive(*args, **kwargs):
+        calls.append(args[0])
+        shutil.copytree(originals, "originals", dirs_exist_ok=True, ignore=shutil.ignore_patterns("coco"))
+
+    def download(url, root, filename=None, md5=None):
+        calls.append(url)
+        Path(root).mkdir(parents=True, exist_ok=True)
+        if md5:
+            with zipfile.ZipFile(Path(root) / "annotations_trainval2017.zip", "w") as z:
+                for split in data.COUNTS:
+                    coco = json.loads((originals / f"coco/annotations/instances_{split}2017.json").read_text())
+                    for i in coco["images"]:
+                        i["coco_url"] = str(originals / f"coco/{split}2017" / i["file_name"])
+                    z.writestr(f"annotations/instances_{split}2017.json", json.dumps(coco))
+        elif url.endswith("train000000000001.jpg"):
+            (Path(root) / filename).write_bytes(b"cut off")
+        else:
+            shutil.copy(url, Path(root) / filename)
+    monkeypatch.setattr(data, "VOCSegmentation", archive)
+    monkeypatch.setattr(data, "Imagenette", archive)
+    monkeypatch.setattr(data, "download_url", download)
+    with pytest.raises(UserError, match="run the command again"):  # one photo arrives damaged, and is not kept
+        for seed in range(20):
+            data.main(["--seed", str(seed)])
+    assert not Path("originals/coco/train2017/train000000000001.jpg").exists()
+    Path("originals/VOCdevkit/.extracted").unlink()  # as if the extraction had been interrupted
+    with pytest.raises(UserError, match="may be incomplete"):
+        data.main([])
+    assert Path("originals/VOCdevkit/VOC2012").exists()
 
 
 def test_shapes_are_reproducible_and_exclusive(shapes, tmp_path):
@@ -630,17 +711,55 @@ def test_a_run_writes_everything_and_eval_reproduces_it(shapes, finished, tmp_pa
     assert measured["n"] == {"seg": 10, "det": 10, "cls": 10} and json.loads((out / "eval.json").read_text()) == measured
 
 
-def test_eval_of_a_folder_with_val_alone(copy, finished, tmp_path):
+def test_eval_maps_by_name_on_a_folder_with_val_alone(copy, finished, tmp_path, capsys):
     out, results = finished
     for folder in data.FOLDERS.values():
         shutil.rmtree(copy / folder / "train")
     shutil.rmtree(copy / "mini_voc_seg")
-    shutil.rmtree(copy / "imagenette_160/val" / data.SHAPES[3])
+    gone = sorted(data.SHAPES)[0]  # without it every later folder has another position
+    shutil.rmtree(copy / "imagenette_160/val" / gone)
+    file = copy / "mini_coco_det/annotations/mini_instances_val2017.json"
+    coco = json.loads(file.read_text())
+    coco["categories"] = [{"id": c["id"] + 7, "name": c["name"]} for c in coco["categories"]][::-1] + [{"id": 1, "name": "x"}]
+    for a in coco["annotations"]:
+        a["category_id"] += 7
+    coco["annotations"].append({**coco["annotations"][0], "id": 999, "category_id": 1})  # a class the model lacks
+    file.write_text(json.dumps(coco))
     model = str(out / "model.pt")
     measured = train.main(["--eval", model, "--data", str(copy), "--out", str(tmp_path / "e.json"), "--device", "cpu"])
     assert measured["seg"] is None and measured["det"] == results["final"]["det"] and measured["n"] == {"det": 10, "cls": 9}
+    assert "leaves out the det classes x" in capsys.readouterr().out
+    net, size, classes = load_model(model)
+    hits = 0
+    for photo in (copy / "imagenette_160/val").glob("*/*"):
+        x = tv_tensors.Image(Image.open(photo).convert("RGB").resize((size, size), Image.BILINEAR))
+        hits += classes["cls"][net(collate([(x, {"label": 0})])[0])["cls"].argmax()] == photo.parent.name
+    assert measured["cls"] == hits / 9
     with pytest.raises(UserError, match="mini_voc_seg"):
         train.main(["--eval", model, "--data", str(copy), "--tasks", "seg"])
+
+
+def test_stage_one_is_its_own_baseline(shapes, finished):
+    args = settings(**{k: v for k, v in finished[1]["args"].items() if k != "out"})
+    model, samples = train.new_model(args), MiniSet(shapes, "seg", "train", 64)
+    train.train_stage(model, "seg", samples, [], args, train.Clock(1), "again")
+    val = MiniSet(shapes, "seg", "val", 64)
+    assert metrics.evaluate(model, {"seg": val}, "cpu")["seg"] == finished[1]["baseline"]["seg"]
+
+
+def test_defaults_follow_the_data(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "draw_shapes", lambda root: Path(root).mkdir(parents=True))
+    args = vars(train.parse(["--device", "cpu"]))
+    assert "SHAPES" in capsys.readouterr().out and args["data"] == train.SHAPES_DIR
+    assert {k: args[k] for k in train.DEFAULTS["shapes"]} == train.DEFAULTS["shapes"]
+    assert args["out"] == "runs/replay-seed0"
+    for folder in data.FOLDERS.values():
+        (tmp_path / "data" / folder).mkdir(parents=True)
+    args = vars(train.parse(["--device", "cpu", "--lr", "0.5"]))
+    assert args["data"] == "data" and args["lr"] == [0.5] * 3
+    assert {k: args[k] for k in ("weights", "image_size", "batch_size")} == dict(weights="imagenet", image_size=512, batch_size=8)
+    assert vars(train.parse(["--device", "cpu", "--data", "shapes"]))["data"] == train.SHAPES_DIR
 
 
 def test_same_seed_same_numbers_and_another_seed_others(shapes, finished, tmp_path):
@@ -666,6 +785,11 @@ def test_compare_prints_a_row_per_strategy(shapes, finished, tmp_path):
     train.main(flags(shapes, second, "--seed", "1"))
     lines = metrics.compare([finished[0], second, tmp_path / "nothing"]).splitlines()
     assert len(lines) == 3 and lines[2].startswith("| replay | 2 |") and "±" in lines[2]
+    third = tmp_path / "fewer"
+    train.main(flags(shapes, third, "--replay-images", "3"))
+    lines = metrics.compare([finished[0], second, third]).splitlines()
+    assert [line.split(" |")[:2] for line in lines[2:]] == [["| replay, replay_images 10", " 2"],
+                                                            ["| replay, replay_images 3", " 1"]]
 
 
 def test_wrong_use_ends_in_one_sentence(shapes, finished, tmp_path, monkeypatch):
@@ -673,7 +797,8 @@ def test_wrong_use_ends_in_one_sentence(shapes, finished, tmp_path, monkeypatch)
     for wrong, sentence in ((["--data", "nowhere"], "nowhere"), (["--strategy", "prayer"], "prayer"),
                             (["--replay-images", "11"], "at most 10"), (["--epochs", "1", "2"], "one positive value, or three"),
                             (["--image-size", "100"], "multiple of 32"), (["--out", str(finished[0])], "finished run"),
-                            (["--weights", "none.pth"], "none.pth"), (["--lr", "1e9"], "--lr")):
+                            (["--weights", "none.pth"], "none.pth"), (["--device", "abacus"], "abacus"),
+                            (["--out", __file__], "must be a folder"), (["--lr", "1e9"], r"images .*jpg.*lower --lr")):
         with pytest.raises(UserError, match=sentence):
             train.main(flags(shapes, tmp_path / "out") + wrong)
 

@@ -12,7 +12,9 @@ import sys
 import time
 from pathlib import Path
 
+import PIL
 import torch
+import torchvision
 
 from data import FOLDERS, TASKS, MiniSet, UserError, augmentation, draw_shapes
 from forgetting import REMEDIES, build
@@ -25,6 +27,7 @@ DEFAULTS = {"shapes": dict(weights="none", image_size=96, epochs=[22, 22, 16], l
                            batch_size=16),
             "photos": dict(weights="imagenet", image_size=512, epochs=[40, 40, 15], lr=[1e-3], trunk_lr=0.2,
                            batch_size=8)}
+SHAPES_DIR = ".shapes/v1"  # drawn on first use
 
 
 def parse(argv):
@@ -60,12 +63,16 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {args.device}: this machine has no CUDA device; use --device cpu.")
+    try:
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {args.device}: there is no such device here; use --device cpu.")
+    if args.out and Path(args.out).exists() and Path(args.out).is_dir() == bool(args.eval):
+        raise UserError(f"--out {args.out}: must be a {'file' if args.eval else 'folder'}, but is not; name another.")
     if args.eval:
         return args
     args.data = find_data(args.data)
-    for name, value in DEFAULTS["shapes" if is_shapes(args.data) else "photos"].items():
+    for name, value in DEFAULTS["shapes" if args.data == SHAPES_DIR else "photos"].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     for name in ("epochs", "lr"):
@@ -86,13 +93,6 @@ def parse(argv):
     return args
 
 
-SHAPES_DIR = Path(".shapes/v1")
-
-
-def is_shapes(data):
-    return Path(data) == SHAPES_DIR
-
-
 def find_data(name):
     """The folder to train on. None: data/ where it is prepared, else the shapes, drawn on first use."""
     if name is None and all((Path("data") / folder).is_dir() for folder in FOLDERS.values()):
@@ -103,11 +103,10 @@ def find_data(name):
         return name
     if name is None:
         print("*** No photos in data/: using the built-in SHAPES. For photos run `python data.py` first. ***")
-    if not SHAPES_DIR.exists():
+    if not Path(SHAPES_DIR).exists():
         print(f"Drawing the shapes into {SHAPES_DIR} ...")
-        SHAPES_DIR.parent.mkdir(exist_ok=True)
         draw_shapes(SHAPES_DIR)
-    return str(SHAPES_DIR)
+    return SHAPES_DIR
 
 
 class Clock:
@@ -129,7 +128,7 @@ def duration(seconds):
 
 
 def images_per_epoch(args, n, old_tasks=0):
-    return n + old_tasks * args.replay_batch * -(-n // args.batch_size)
+    return n + old_tasks * min(args.replay_batch, args.replay_images) * -(-n // args.batch_size)
 
 
 def new_model(args):
@@ -158,8 +157,8 @@ def make_optimizer(model, trunk_lr, weight_decay):
 def train_stage(model, task, samples, remedies, args, clock, title, measure=None):
     """Trains `model` on one task, in place -> the stage's history, one dict per epoch.
 
-    A fresh optimizer and schedule (linear warm-up over 5 %, then cosine to 0), and randomness that depends on seed
-    and task alone: what ran before leaves no trace. Raises UserError if the loss is not finite.
+    A fresh optimizer and schedule (linear warm-up over 5 %, then cosine to 0), and randomness seeded anew, so that
+    what ran before leaves no trace. Raises UserError, naming the images, if the loss is not finite.
     """
     stage = TASKS.index(task)
     torch.manual_seed(1000 * args.seed + stage + 1)
@@ -168,9 +167,10 @@ def train_stage(model, task, samples, remedies, args, clock, title, measure=None
     epochs, steps, step, history = args.epochs[stage], -(-len(samples) // args.batch_size), 0, []
     total = epochs * steps
     for epoch in range(1, epochs + 1):
-        start, sums = time.perf_counter(), torch.zeros(2, device=args.device)
+        start, sums, finite = time.perf_counter(), torch.zeros(2, device=args.device), 0
+        batches = torch.randperm(len(samples)).split(args.batch_size)
         model.train()
-        for batch in torch.randperm(len(samples)).split(args.batch_size):
+        for batch in batches:
             step += 1
             lr = args.lr[stage] * min(step / (0.05 * total), 0.5 + 0.5 * math.cos(math.pi * step / total))
             for group in optimizer.param_groups:
@@ -182,11 +182,14 @@ def train_stage(model, task, samples, remedies, args, clock, title, measure=None
             (loss + penalty).backward()
             optimizer.step()
             sums += torch.stack([loss.detach(), penalty.detach()])
+            finite += sums.isfinite().all()  # counts the steps before the first that was not, on the device
             if sys.stdout.isatty():
                 print(f"\r{title} epoch {epoch}/{epochs} step {(step - 1) % steps + 1}/{steps} ", end="", flush=True)
         loss, penalty = (sums / steps).tolist()
-        if not math.isfinite(loss + penalty):
-            raise UserError(f"{title}: the loss is {loss} in epoch {epoch}; lower --lr (now {args.lr[stage]}).")
+        if finite < steps:
+            names = ", ".join(str(samples.paths[i]) for i in batches[int(finite)].tolist())
+            raise UserError(f"{title}: loss {loss}, penalty {penalty} in epoch {epoch}, first with the images {names}; "
+                            f"lower --lr (now {args.lr[stage]}) or look at these images.")
         seconds, images = time.perf_counter() - start, images_per_epoch(args, len(samples), replayed(remedies))
         clock.tick(images, seconds)
         history.append({"stage": stage + 1, "task": task, "epoch": epoch, "loss": loss, "penalty": penalty, "lr": lr})
@@ -212,11 +215,12 @@ def digest(*paths):
     return result.hexdigest()
 
 
-def baseline_file(task, args, data_digest):
+def baseline_file(task, args, digests):
     """Where the single-task training of these settings is cached: the name holds all that influences it."""
     stage, here = TASKS.index(task), Path(__file__).parent
     weights = digest(args.weights) if Path(args.weights).is_file() else args.weights
-    key = [task, args.epochs[stage], args.lr[stage], weights, data_digest, torch.__version__, torch.get_num_threads(),
+    key = [task, args.epochs[stage], args.lr[stage], weights, digests, torch.get_num_threads(),
+           torch.__version__, torchvision.__version__, PIL.__version__,
            args.image_size, args.trunk_lr, args.batch_size, args.weight_decay, args.seed, args.device, args.eval_every,
            digest(*(here / f"{name}.py" for name in ("train", "model", "data", "losses", "metrics")))]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
@@ -238,11 +242,13 @@ def single_task(task, args, file, samples, clock, measure):
 
 def seconds_per_image(args, samples):
     """Measures one training step (after one to warm up) on a throw-away model."""
-    model = new_model(args).train()
+    model, augment = new_model(args).train(), augmentation("seg", args.image_size)
     for _ in range(2):
         start = time.perf_counter()
-        images, target = collate([samples[i % len(samples)] for i in range(args.batch_size)], args.device)
-        task_loss(model, "seg", images, target).backward()
+        images, target = collate([augment(*samples[i % len(samples)]) for i in range(args.batch_size)], args.device)
+        loss = task_loss(model, "seg", images, target)
+        loss.backward()
+        model.head[2].bias.grad.sum().item()  # waits for a GPU
     return (time.perf_counter() - start) / args.batch_size
 
 
@@ -261,7 +267,7 @@ def run(args):
         return evaluate(model, val, args.device)
 
     # The work ahead: baselines that are not cached, and the stages (the first one *is* its baseline unless bn is live)
-    files = {t: baseline_file(t, args, digests[t]) for t in TASKS}
+    files = {t: baseline_file(t, args, digests) for t in TASKS}
     replays = [sum(t in args.replay_tasks for t in TASKS[:s]) * ("replay" in args.strategy) for s in range(3)]
     work = sum(args.epochs[s] * len(train[t]) for s, t in enumerate(TASKS) if not files[t].exists())
     work += sum(args.epochs[s] * images_per_epoch(args, len(train[t]), replays[s]) for s, t in enumerate(TASKS)
@@ -322,7 +328,7 @@ def evaluate_saved(args):
     for t in TASKS:
         if "all" in args.tasks and t not in tasks:
             print(f"{root / FOLDERS[t]} is missing: {NAMES[t]} is not measured")
-    val = {t: MiniSet(root, t, "val", size, classes[t]) for t in tasks}
+    val = {t: MiniSet(root, t, "val", size, classes[t], skip_unknown=True) for t in tasks}
     measured = evaluate(model.to(args.device, memory_format=torch.channels_last), val, args.device)
     result = {key: measured.get(key) for key in (*TASKS, "map_50_95")} | {"n": {t: len(val[t]) for t in tasks}}
     for t in tasks:
@@ -344,8 +350,9 @@ def main(argv=None):
     try:
         return evaluate_saved(args) if args.eval else run(args)
     except KeyboardInterrupt:
-        raise UserError("\nInterrupted. Finished baselines (and Stage 1) are cached and the last finished stage is in "
-                        f"{args.out}/model.pt; the same command starts again from the cache." * (not args.eval))
+        saved = Path(args.out or "") / "model.pt"
+        raise UserError("\nInterrupted. The same command starts again; finished baselines (and Stage 1) are cached" +
+                        f", and {saved} holds the model after the last finished stage." * (saved.exists()))
 
 
 if __name__ == "__main__":

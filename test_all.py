@@ -635,14 +635,11 @@ def test_prepare_refuses_what_it_cannot_do(originals, tmp_path, monkeypatch):
 def test_download_checks_what_arrives_and_keeps_what_is_there(originals, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "COUNTS", {"train": 6, "val": 4})
-    calls = []
 
-    def archive(*args, **kwargs):
-        calls.append(args[0])
-        shutil.copytree(originals, "originals", dirs_exist_ok=True, ignore=shutil.ignore_patterns("coco"))
+    def archive(name):
+        return lambda root, *args, **kwargs: shutil.copytree(originals / name, root / name)
 
     def download(url, root, filename=None, md5=None):
-        calls.append(url)
         Path(root).mkdir(parents=True, exist_ok=True)
         if md5:
             with zipfile.ZipFile(Path(root) / "annotations_trainval2017.zip", "w") as z:
@@ -655,8 +652,8 @@ def test_download_checks_what_arrives_and_keeps_what_is_there(originals, tmp_pat
             (Path(root) / filename).write_bytes(b"cut off")
         else:
             shutil.copy(url, Path(root) / filename)
-    monkeypatch.setattr(data, "VOCSegmentation", archive)
-    monkeypatch.setattr(data, "Imagenette", archive)
+    monkeypatch.setattr(data, "VOCSegmentation", archive("VOCdevkit"))
+    monkeypatch.setattr(data, "Imagenette", archive("imagenette2-160"))
     monkeypatch.setattr(data, "download_url", download)
     with pytest.raises(UserError, match="run the command again"):  # one photo arrives damaged, and is not kept
         for seed in range(20):

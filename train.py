@@ -256,7 +256,6 @@ def run(args):
     """Trains seg, det and cls one after another, measures all tasks after each stage, and judges -> results."""
     start, out = time.perf_counter(), Path(args.out)
     remedies = build(args.strategy, args)
-    initial = new_model(args)  # also finds out early that weights are missing
     train = {t: MiniSet(args.data, t, "train", args.image_size) for t in TASKS}
     val = {t: MiniSet(args.data, t, "val", args.image_size, train[t].classes) for t in TASKS}
     classes = {t: train[t].classes for t in TASKS}
@@ -281,7 +280,7 @@ def run(args):
     baseline = {t: singles[t]["history"][-1][t] for t in TASKS}
 
     # The sequence: each stage continues where the last one ended
-    model, history, matrix, stage_seconds = initial, [], [], []
+    model, history, matrix, stage_seconds = new_model(args), [], [], []
     if args.bn == "live":
         model.free_batchnorm()
     for stage, task in enumerate(TASKS):
@@ -334,7 +333,9 @@ def evaluate_saved(args):
     for t in tasks:
         extra = f" (mAP@50:95 {result['map_50_95']:.4f})" if t == "det" else ""
         print(f"{t}: {NAMES[t]} {result[t]:.4f}{extra} on {len(val[t])} images")
-    write_json(args.out or Path(args.eval).parent / "eval.json", result)
+    file = Path(args.out or Path(args.eval).parent / "eval.json")
+    write_json(file, result)
+    print(f"Wrote {file}")
     return result
 
 
@@ -351,8 +352,8 @@ def main(argv=None):
         return evaluate_saved(args) if args.eval else run(args)
     except KeyboardInterrupt:
         saved = Path(args.out or "") / "model.pt"
-        raise UserError("\nInterrupted. The same command starts again; finished baselines (and Stage 1) are cached" +
-                        f", and {saved} holds the model after the last finished stage." * (saved.exists()))
+        raise UserError("\nInterrupted. The same command starts again; baselines (and Stage 1) that were finished are "
+                        "cached." + f" {saved} holds the model after the last finished stage." * saved.exists())
 
 
 if __name__ == "__main__":

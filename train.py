@@ -301,16 +301,15 @@ def run(args):
         save_model(out / "model.pt", model, args.image_size, classes)
         print(f"after stage {stage + 1}: " + ", ".join(f"{NAMES[t]} {matrix[-1][t]:.3f}" for t in TASKS), flush=True)
 
-    cuda = args.device.startswith("cuda")
-    hardware = torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads"
+    cpu = f"{args.device}, {torch.get_num_threads()} threads"
     results = {
         "args": vars(args), "data": {"folder": args.data, "sha256": digests}, "classes": classes,
         "params": sum(p.numel() for p in model.parameters()), "latency_ms": latency_ms(model, args.device),
         "seconds": {"baselines": sum(singles[t]["seconds"] for t in TASKS[args.bn == "fixed":]),
                     "stages": sum(stage_seconds), "total": time.perf_counter() - start},
-        "device": hardware, "torch": torch.__version__, "tasks": list(TASKS), "metrics": NAMES,
-        "baseline": baseline, "matrix": matrix, "final": matrix[-1], "map_50_95": history[-1]["map_50_95"],
-        "history": history}
+        "device": torch.cuda.get_device_name() if "cuda" in args.device else cpu, "torch": torch.__version__,
+        "tasks": list(TASKS), "metrics": NAMES, "baseline": baseline, "matrix": matrix, "final": matrix[-1],
+        "map_50_95": history[-1]["map_50_95"], "history": history}
     judge(results)
     write_json(out / "results.json", results)
     print(f"\n{show(results)}\n{duration(results['seconds']['total'])} in all; results.json and model.pt are in {out}")

@@ -204,7 +204,7 @@ def prepare(out, originals, seed=0, sample=None, fetch=False):
                 image = read_image(path)
                 if task == "det" and image.size != (extra["width"], extra["height"]):
                     raise UserError(f"{path}: not of the annotated size.")
-                # A content hash that survives renaming, rescaling and JPEG: the mean colours of an 8×8 grid. Among 1,191
+                # A content hash that survives renaming, rescaling and JPEG: the mean colours of an 8×8 grid. Of 1,191
                 # photos no two differ by less than 12.6 grey levels; half-size copies of every fifth by 2.1 at most.
                 mark = np.asarray(image.resize((8, 8), Image.BOX), np.int16)
                 if any(np.abs(mark - other).mean() < 5 for other in taken):

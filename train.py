@@ -17,7 +17,7 @@ import torch
 import torchvision
 
 from data import FOLDERS, TASKS, MiniSet, UserError, augmentation, draw_shapes
-from forgetting import REMEDIES, build
+from forgetting import REMEDIES, Replay, build
 from losses import task_loss
 from metrics import NAMES, evaluate, judge, latency_ms, show
 from model import OneHead, collate, load_model, load_weights, save_model
@@ -127,7 +127,9 @@ def duration(seconds):
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
-def images_per_epoch(args, n, old_tasks=0):
+def images_per_epoch(args, n, stage, remedies):
+    """Training images of one epoch over n of the current task, replayed ones included."""
+    old_tasks = any(isinstance(r, Replay) for r in remedies) * sum(t in args.replay_tasks for t in TASKS[:stage])
     return n + old_tasks * min(args.replay_batch, args.replay_images) * -(-n // args.batch_size)
 
 
@@ -190,7 +192,7 @@ def train_stage(model, task, samples, remedies, args, clock, title, measure=None
             names = ", ".join(str(samples.paths[i]) for i in batches[int(finite)].tolist())
             raise UserError(f"{title}: loss {loss}, penalty {penalty} in epoch {epoch}, first with the images {names}; "
                             f"lower --lr (now {args.lr[stage]}) or look at these images.")
-        seconds, images = time.perf_counter() - start, images_per_epoch(args, len(samples), replayed(remedies))
+        seconds, images = time.perf_counter() - start, images_per_epoch(args, len(samples), stage, remedies)
         clock.tick(images, seconds)
         history.append({"stage": stage + 1, "task": task, "epoch": epoch, "loss": loss, "penalty": penalty, "lr": lr})
         if measure and (epoch == epochs or (args.eval_every and epoch % args.eval_every == 0)):
@@ -198,11 +200,6 @@ def train_stage(model, task, samples, remedies, args, clock, title, measure=None
         print(("\r" if sys.stdout.isatty() else "") + f"{title} epoch {epoch:3}/{epochs}  loss {loss:.4f}  penalty "
               f"{penalty:.4f}  lr {lr:.1e}  {images / seconds:.0f} images/s  {clock.left()} left", flush=True)
     return history
-
-
-def replayed(remedies):
-    """How many old tasks are replayed in each step."""
-    return sum(len(getattr(remedy, "buffer", ())) for remedy in remedies)
 
 
 def digest(*paths):
@@ -267,9 +264,8 @@ def run(args):
 
     # The work ahead: baselines that are not cached, and the stages (the first one *is* its baseline unless bn is live)
     files = {t: baseline_file(t, args, digests) for t in TASKS}
-    replays = [sum(t in args.replay_tasks for t in TASKS[:s]) * ("replay" in args.strategy) for s in range(3)]
     work = sum(args.epochs[s] * len(train[t]) for s, t in enumerate(TASKS) if not files[t].exists())
-    work += sum(args.epochs[s] * images_per_epoch(args, len(train[t]), replays[s]) for s, t in enumerate(TASKS)
+    work += sum(args.epochs[s] * images_per_epoch(args, len(train[t]), s, remedies) for s, t in enumerate(TASKS)
                 if s or args.bn == "live")
     clock = Clock(work)
     print(f"{args.strategy} on {args.data} at {args.image_size} px, seed {args.seed}, {args.device}: {work:,} training "

@@ -78,7 +78,7 @@ def det_loss(det, target, locations):
 
 
 def task_loss(model, task, images, target):
-    """The loss of one task on one batch from `data.collate` -> scalar."""
+    """The loss of one task on one batch from `model.collate` -> scalar."""
     out = model(images, (task,), upsample=False)[task]
     if task == "det":
         return det_loss(out, target, model.locations(images))

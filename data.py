@@ -1,8 +1,8 @@
 """The three mini-sets: sampling them from the originals, drawing them as shapes, and loading them.
 
 Conventions, from here to the end of the project:
-  image   float32 (3, H, W), RGB, normalised with ImageNet's mean and standard deviation (uint8 until `model.collate`)
-  mask    int64 (H, W), class index; 255 = ignore (void outlines, padding)
+  image   uint8 (3, H, W), RGB; float32 and normalised with ImageNet's mean and standard deviation from `normalise` on
+  mask    class index (H, W), uint8 in memory and int64 in a loss; 255 = ignore (void outlines, padding)
   boxes   float32 (M, 4), absolute xyxy in pixels of the *resized* image; COCO's xywh exists only in the files
   labels  int64 class indices from 0, assigned by class *name*; in a batch, -1 pads images with fewer boxes
 Images are resized to a square without keeping their aspect, so pixels map back by two plain factors.
@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from torchvision import tv_tensors
+from torch.nn.utils.rnn import pad_sequence
 from torchvision.datasets import Imagenette, VOCSegmentation
 from torchvision.datasets.utils import download_url
 from torchvision.ops import box_convert
-from torchvision.transforms import v2
+from torchvision.transforms.functional import pil_to_tensor
 
 TASKS = ("seg", "det", "cls")  # in the order of the stages
 FOLDERS = {"seg": "mini_voc_seg", "det": "mini_coco_det", "cls": "imagenette_160"}
@@ -93,8 +93,10 @@ def list_coco(file, folder):
     return list(names.values()), samples
 
 
-class MiniSet(list):
-    """One split of one task, decoded once and held in memory: a list of (uint8 tv_tensors.Image, target dict).
+class MiniSet:
+    """One split of one task, decoded once and held in memory. `batch` = (images (N, 3, size, size) uint8, target), and
+    the target is {"mask": (N, size, size) uint8} for seg, {"boxes": (N, M, 4), "labels": (N, M)} for det, padded with
+    labels of -1, or {"labels": (N, 1)} for cls.
 
     Memory: 3·size² bytes an image, 0.7 GB for all 900 at 512 px. `classes`: the names whose position is the index, at
     most 10 (default: the split's own); others raise UserError, or are left out and named if skip_unknown. `truth` is
@@ -109,7 +111,7 @@ class MiniSet(list):
                 raise UserError(f"{root}: unknown {task} classes {unknown}; known are {', '.join(self.classes)}.")
             print(f"{root}: leaves out the {task} classes {unknown}, which this model does not know")
             samples = [(path, t) for path, t in samples if task == "det" or t in self.classes]
-        self.paths = [path for path, _ in samples]
+        self.paths, images, targets = [path for path, _ in samples], [], []
         for path, target in samples:
             image = read_image(path)
             if task == "seg":
@@ -117,7 +119,7 @@ class MiniSet(list):
                 if mask.size != image.size:
                     raise UserError(f"{target}: {mask.size} pixels, but its photo {image.size}; replace one of them.")
                 self.truth.append(np.array(mask))  # (original H, W)
-                target = {"mask": tv_tensors.Mask(np.array(mask.resize((size, size), Image.NEAREST)))}  # (size, size)
+                targets.append({"mask": torch.tensor(np.array(mask.resize((size, size), Image.NEAREST)))})
             elif task == "det":
                 if (target["width"], target["height"]) != image.size:
                     raise UserError(f"{path}: {image.size} pixels, not as annotated; prepare it again.")
@@ -126,26 +128,24 @@ class MiniSet(list):
                 self.truth.append({**target, "annotations": annotations})
                 # a crowd's box encloses many objects: a truth for COCOeval to ignore, not one to learn
                 known = [a for a in annotations if not a["iscrowd"]]
-                boxes = torch.tensor([a["bbox"] for a in known]).reshape(-1, 4) * size / torch.tensor(2 * image.size)
-                boxes = box_convert(boxes, "xywh", "xyxy")  # (M, 4)
-                target = {"boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(size, size)),
-                          "labels": torch.tensor([a["category_id"] for a in known], dtype=torch.int64)}  # (M,)
+                boxes = torch.tensor([*(a["bbox"] for a in known), [0] * 4]) * size / torch.tensor(2 * image.size)
+                targets.append({"boxes": box_convert(boxes, "xywh", "xyxy"),  # one row of padding: M is never 0
+                                "labels": torch.tensor([*(a["category_id"] for a in known), -1])})
             else:
-                target = {"label": self.classes.index(target)}
-            self.append((tv_tensors.Image(image.resize((size, size), Image.BILINEAR)), target))
+                targets.append({"labels": torch.tensor([self.classes.index(target)])})
+            images.append(pil_to_tensor(image.resize((size, size), Image.BILINEAR)))  # (3, size, size)
+        padding = IGNORE if task == "seg" else -1
+        self.batch = torch.stack(images), {key: pad_sequence([t[key] for t in targets], True, padding)
+                                           for key in targets[0]}
 
+    def __len__(self):
+        return len(self.paths)
 
-def class_indices(target):
-    """The class of every pixel, every box or the one image of a sample's target, as a flat array."""
-    return np.ravel(target.get("mask", target.get("labels", target.get("label"))))
-
-
-def augmentation(task, size):
-    """Random zoom out, crop, flip and colour, the same geometry for the image and its mask or boxes."""
-    steps = [v2.RandomZoomOut({tv_tensors.Image: [124, 116, 104], tv_tensors.Mask: IGNORE}, side_range=(1, 1.6), p=0.3),
-             v2.RandomResizedCrop(size, scale=(0.4, 1)), v2.RandomHorizontalFlip(),
-             v2.ColorJitter(0.3, 0.3, 0.3)]  # no hue: among the shapes it tells the classes apart
-    return v2.Compose(steps + [v2.SanitizeBoundingBoxes(min_size=2)] * (task == "det"))
+    def labels(self, i):
+        """The class of every pixel, every box or the whole of image i, as a flat array."""
+        target = self.batch[1]
+        found = (target["mask"] if "mask" in target else target["labels"])[i].numpy()
+        return found[(found >= 0) & (found != IGNORE)]
 
 
 def draw(labels, rng):
@@ -248,7 +248,7 @@ def report(root):
         train = MiniSet(root, task, "train", 64)
         sets = train, MiniSet(root, task, "val", 64, train.classes)
         print(f"\n{FOLDERS[task]}: {len(train)} train, {len(sets[1])} val images; {unit} per class:")
-        found = [np.concatenate([class_indices(target) for _, target in s]) for s in sets]
+        found = [np.concatenate([s.labels(i) for i in range(len(s))]) for s in sets]
         for c, name in enumerate(train.classes):
             print(f"  {name:16}", *(f"{100 * (f == c).mean() if task == 'seg' else sum(f == c):8.4g}" for f in found))
     print(f"{sum(p.stat().st_size for p in Path(root).rglob('*')) / 1e6:.0f} MB of the 120 MB allowed")

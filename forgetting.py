@@ -8,9 +8,9 @@ from itertools import islice
 
 import torch
 
-from data import IGNORE, UserError, augmentation, class_indices, draw
+from data import UserError, draw
 from losses import task_loss
-from model import collate
+from model import augment, take
 
 
 class Replay:
@@ -28,16 +28,15 @@ class Replay:
     def remember(self, task, model, samples):
         if task not in self.args.replay_tasks:
             return
-        labels = {i: {*class_indices(target)} - {IGNORE} for i, (_, target) in enumerate(samples)}
+        labels = {i: {*samples.labels(i)} for i in range(len(samples))}
         chosen = islice(draw(labels, random.Random(self.args.seed)), self.args.replay_images)
-        self.buffer[task] = [samples[i] for i in chosen]
+        self.buffer[task] = take(samples.batch, list(chosen), self.args.device)
 
     def penalty(self, model, device):
         loss = 0.0
         for task, stored in self.buffer.items():
-            augment = augmentation(task, self.args.image_size)
-            batch = torch.randperm(len(stored))[:self.args.replay_batch].tolist()
-            images, target = collate([augment(*stored[i]) for i in batch], device)
+            chosen = torch.randperm(len(stored[0]), device=device)[:self.args.replay_batch]
+            images, target = augment(*take(stored, chosen))
             loss = loss + self.args.replay_weight * task_loss(model, task, images, target)
         return loss
 

@@ -32,11 +32,6 @@ def seg_loss(logits, mask):
     return total / (mask != IGNORE).sum().clamp(min=1)
 
 
-def cls_loss(logits, labels):
-    """Mean cross-entropy. logits (B, 10), labels (B,) -> scalar."""
-    return F.cross_entropy(logits, labels)
-
-
 def assign(boxes, labels, locations, radius=1.5):
     """Which box each cell has to predict: boxes (B, M, 4) xyxy, labels (B, M), locations (N, 3) -> (B, N), -1 = none.
 
@@ -56,7 +51,7 @@ def assign(boxes, labels, locations, radius=1.5):
     near = ((x - cx).abs() < radius * stride) & ((y - cy).abs() < radius * stride)
     candidate = fits & (home | (inside & near)) & (labels >= 0).unsqueeze(1)  # (B, N, M)
     area = torch.where(candidate, (x2 - x1) * (y2 - y1), torch.inf)  # (B, N, M)
-    best, index = F.pad(area, (0, 1), value=torch.inf).min(2)  # (B, N); the pad serves batches without boxes
+    best, index = area.min(2)  # (B, N)
     return torch.where(best.isinf(), -1, index)
 
 
@@ -67,19 +62,20 @@ def det_loss(det, target, locations):
     locations: (N, 3) -> scalar. The division makes the loss independent of how many objects a batch shows.
     """
     index = assign(target["boxes"], target["labels"], locations)  # (B, N)
-    image, cell = (index >= 0).nonzero(as_tuple=True)  # P positives
-    box = index[image, cell]
-    positive, count = det[image, cell], max(1, len(image))  # (P, 15)
-    box_loss = generalized_box_iou_loss(box_convert(positive[:, :4], "cxcywh", "xyxy"), target["boxes"][image, box],
-                                        reduction="sum")
-    class_loss = F.cross_entropy(positive[:, 5:], target["labels"][image, box], reduction="sum")
-    confidence_loss = F.binary_cross_entropy_with_logits(det[..., 4], (index >= 0).to(det.dtype), reduction="sum")
-    return (2 * box_loss + class_loss + confidence_loss) / count
+    positive, index = index >= 0, index.clamp(min=0)
+    boxes = target["boxes"].gather(1, index[..., None].expand(-1, -1, 4))  # (B, N, 4); of no meaning where not positive
+    labels = torch.where(positive, target["labels"].gather(1, index), IGNORE)  # (B, N)
+    box_loss = generalized_box_iou_loss(box_convert(det[..., :4], "cxcywh", "xyxy"), boxes)  # (B, N)
+    class_loss = F.cross_entropy(det[..., 5:].flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+    confidence_loss = F.binary_cross_entropy_with_logits(det[..., 4], positive.to(det.dtype), reduction="sum")
+    return (2 * (box_loss * positive).sum() + class_loss + confidence_loss) / positive.sum().clamp(min=1)
 
 
 def task_loss(model, task, images, target):
-    """The loss of one task on one batch from `model.collate` -> scalar."""
-    out = model(images, (task,), upsample=False)[task]
+    """The loss of one task on normalised images (B, 3, H, W) and the target of `model.augment` -> scalar."""
+    out = model(images, (task,), upsample=False)[task].float()
+    if task == "seg":
+        return seg_loss(out, target["mask"])
     if task == "det":
         return det_loss(out, target, model.locations(images))
-    return seg_loss(out, target) if task == "seg" else cls_loss(out, target)
+    return F.cross_entropy(out, target["labels"][:, 0])

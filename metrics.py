@@ -3,8 +3,11 @@
 Every number is computed once over a whole split, never averaged over batches or images.
 """
 import contextlib
+import hashlib
 import io
 import json
+import os
+import resource
 import statistics
 import sys
 import time
@@ -15,9 +18,12 @@ import torch
 import torch.nn.functional as F
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torchvision.models import mobilenet_v3_small
+from torchvision.models.detection import ssdlite320_mobilenet_v3_large
+from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
-from data import IGNORE, TASKS, UserError
-from model import collate, detections
+from data import FOLDERS, IGNORE, TASKS, MiniSet, UserError
+from model import detections, load_model, normalise, take
 
 NAMES = {"seg": "mIoU", "det": "mAP@50", "cls": "Top-1"}
 LEARNED = {"seg": 0.05, "det": 0.01, "cls": 0.20}  # a reference below this is chance: nothing to forget
@@ -80,10 +86,11 @@ def evaluate(model, splits, device, batch_size=8):
     for task, split in splits.items():
         counts, found, correct = np.zeros((21, 21), np.int64), [], 0
         for start in range(0, len(split), batch_size):
-            images, target = collate(split[start:start + batch_size], device)
-            out, truth = model(images, (task,), upsample=False)[task], split.truth[start:start + batch_size]
+            part = slice(start, start + batch_size)
+            images, target = take(split.batch, part, device)
+            out, truth = model(normalise(images), (task,), upsample=False)[task], split.truth[part]
             if task == "cls":
-                correct += (out.argmax(1) == target).sum().item()
+                correct += (out.argmax(1) == target["labels"][:, 0]).sum().item()
             elif task == "seg":
                 for logits, mask in zip(out, truth):
                     logits = F.interpolate(logits[None], mask.shape, mode="bilinear")  # (1, 21, original H, W)
@@ -100,20 +107,118 @@ def evaluate(model, splits, device, batch_size=8):
     return result
 
 
+def evaluate_saved(args):
+    """Measures the model of `--eval` on the val split of any folder in the layout -> the dict that it writes as JSON."""
+    model, size, classes = load_model(args.eval)
+    root = Path(args.data)
+    tasks = [t for t in TASKS if t in args.tasks or ("all" in args.tasks and (root / FOLDERS[t]).is_dir())]
+    if not tasks:
+        raise UserError(f"--data {root}: holds none of {', '.join(FOLDERS.values())}; name a folder in that layout.")
+    for t in TASKS:
+        if "all" in args.tasks and t not in tasks:
+            print(f"{root / FOLDERS[t]} is missing: {NAMES[t]} is not measured")
+    val = {t: MiniSet(root, t, "val", size, classes[t], skip_unknown=True) for t in tasks}
+    measured = evaluate(model.to(args.device, memory_format=torch.channels_last), val, args.device)
+    result = {key: measured.get(key) for key in (*TASKS, "map_50_95")} | {"n": {t: len(val[t]) for t in tasks}}
+    for t in tasks:
+        extra = f" (mAP@50:95 {result['map_50_95']:.4f})" if t == "det" else ""
+        print(f"{t}: {NAMES[t]} {result[t]:.4f}{extra} on {len(val[t])} images")
+    file = Path(args.out or Path(args.eval).parent / "eval.json")
+    write_json(file, result)
+    print(f"Wrote {file}")
+    return result
+
+
+def interleaved(calls, runs, device):
+    """Calls every one of {name: function} in turn, `runs` times after 3 to warm up -> {name: [milliseconds]}. In turn,
+    because a machine's other work then slows all of them alike: compare ratios, not times of different minutes."""
+    times = {name: [] for name in calls}
+    for _ in range(3 + runs):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if "cuda" in str(device):
+                torch.cuda.synchronize()
+            times[name].append(1000 * (time.perf_counter() - start))
+    return {name: ms[3:] for name, ms in times.items()}
+
+
 @torch.no_grad()
-def latency_ms(model, device, size=512, runs=20):
-    """Median milliseconds for one size×size image of noise, from the normalised tensor to all outputs after NMS."""
-    model.eval()
+def latencies(model, device, runs=20, rivals=False, size=512):
+    """Milliseconds for one normalised size×size image of noise, to boxes after NMS, class map and class: {name: [ms]}.
+    rivals: also of the three torchvision networks that one would otherwise run for these answers, in the same turns.
+    """
     image = torch.randn(1, 3, size, size, device=device).to(memory_format=torch.channels_last)
-    times = []
-    for _ in range(runs + 5):
-        start = time.perf_counter()
+    model.eval()
+
+    def ours():
         out = model(image)
-        detections(out["det"][0])
-        if image.is_cuda:
-            torch.cuda.synchronize()
-        times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times[5:])
+        return detections(out["det"][0]), out["seg"].argmax(1), out["cls"].argmax(1)
+
+    calls = {"OneHead": ours}
+    if rivals:
+        no = {"weights": None, "weights_backbone": None}
+        nets = (lraspp_mobilenet_v3_large(**no, num_classes=21), ssdlite320_mobilenet_v3_large(**no, num_classes=11),
+                mobilenet_v3_small(num_classes=10))
+        segment, detect, classify = (net.eval().to(device, memory_format=torch.channels_last) for net in nets)
+        for layers in detect.head.classification_head.module_list:
+            layers[-1].bias.view(-1, 11)[:, 0] = 8  # background: random weights would flood the NMS with boxes
+        calls |= {"lraspp_mobilenet_v3_large": lambda: segment(image)["out"].argmax(1),
+                  "ssdlite320_mobilenet_v3_large": lambda: detect([image[0]]),
+                  "mobilenet_v3_small": lambda: classify(image).argmax(1)}
+    return interleaved(calls, runs, device)
+
+
+def benchmark(model, steps, args):
+    """Measures size and speed on this machine -> the dict that it prints and writes to args.out.
+
+    steps: {task: (images a step, a whole training step, a bare one)}, see `train.trial_steps`. Medians of 20 rounds.
+    """
+    latency = {name: dict(zip(("p50", "p95"), np.percentile(ms, (50, 95)).tolist()))
+               for name, ms in latencies(model, args.device, rivals=True).items()}
+    for name, ms in latency.items():
+        print(f"{name:30} {ms['p50']:6.1f} ms a 512×512 image (p95 {ms['p95']:.1f})")
+    ours, *rivals = (ms["p50"] for ms in latency.values())
+    print(f"{'the last three together':30} {sum(rivals):6.1f} ms = {sum(rivals) / ours:.2f} × OneHead", flush=True)
+    training = {}
+    for task, (images, whole, bare) in steps.items():
+        times = interleaved({"whole": whole, "bare": bare}, 20, args.device)
+        ms = {name: statistics.median(values) for name, values in times.items()}
+        training[task] = {"images_per_s": 1000 * images / ms["whole"], "bare_images_per_s": 1000 * images / ms["bare"],
+                          "whole_over_bare": ms["whole"] / ms["bare"]}
+        print(f"training {task} {training[task]['images_per_s']:7.1f} images/s at {args.image_size} px, "
+              f"{ms['whole'] / ms['bare']:.3f} × the time of bare steps", flush=True)
+    if "cuda" in args.device:
+        memory = torch.cuda.max_memory_allocated()
+    else:  # the process's peak, which Linux counts in KiB and macOS in bytes
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    result = {"args": vars(args), "device": device_name(args.device), "torch": torch.__version__,
+              "parameters": sum(p.numel() for p in model.parameters()), "latency_ms": latency,
+              "rivals_over_ours": sum(rivals) / ours, "training": training, "peak_memory_gib": memory / 2**30}
+    print(f"{result['parameters']:,} parameters, peak memory {memory / 2**30:.2f} GiB, {result['device']}")
+    write_json(args.out, result)
+    print(f"Wrote {args.out}")
+    return result
+
+
+def device_name(device):
+    return torch.cuda.get_device_name() if "cuda" in device else f"{device}, {torch.get_num_threads()} threads"
+
+
+def digest(*paths):
+    """SHA-256 over the contents of files and folders (names inside a folder count, its own path does not)."""
+    result = hashlib.sha256()
+    for path in map(Path, paths):
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                result.update(str(file.relative_to(path)).encode() + file.read_bytes())
+    return result.hexdigest()
+
+
+def write_json(path, value):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(f"{path}.part").write_text(json.dumps(value, indent=1))
+    os.replace(f"{path}.part", path)
 
 
 def drop(task, reference, final):

@@ -8,19 +8,19 @@ The head is a single branch: one convolution emits all 46 channels of a cell at 
 of the pyramid with the same weights, as FCOS and RetinaNet share theirs (arXiv:1904.01355, 1708.02002).
 """
 import os
+from functools import cache
+from math import log
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from torchvision.models import MobileNet_V3_Small_Weights, mobilenet_v3_small
 from torchvision.ops import FeaturePyramidNetwork, batched_nms, box_convert
 
-from data import UserError
+from data import IGNORE, UserError
 
 SEG, DET, CLS = slice(0, 21), slice(21, 36), slice(36, 46)  # the channel map of the head
-MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, for values 0-255
 PRIOR = 0.01  # confidence of every cell before training (RetinaNet, section 3.3)
 
 
@@ -69,8 +69,10 @@ class OneHead(nn.Module):
         cls: logits (B, 10), the mean over the coarsest level, which stays closest to ImageNet's features.
         """
         maps = self.taps(images)  # (B, 24, H/8, W/8), (B, 48, H/16, W/16), (B, 576, H/32, W/32)
-        pyramid = self.fpn(dict(enumerate(maps)))  # the same three sizes, 128 channels each
-        levels = [pyramid[i] for i in range(len(self.strides))]
+        if tuple(tasks) == ("cls",) and len(self.strides) == len(maps):
+            maps = maps[-1:]  # the coarsest level does not depend on the finer ones
+        pyramid = self.fpn(dict(enumerate(maps)))  # the same sizes, 128 channels each
+        levels = [pyramid[i] for i in pyramid][:len(self.strides)]
         used = levels if "det" in tasks else [levels[0]] * ("seg" in tasks) + [levels[-1]] * ("cls" in tasks)
         maps = [self.head(level) for level in used]  # (B, 46, H/s, W/s) for each level
         out = {}
@@ -120,19 +122,66 @@ class OneHead(nn.Module):
         return self
 
 
-def collate(samples, device="cpu"):
-    """[(image, target)] -> normalised images (B, 3, H, W) in channels_last, and the batch's target: masks (B, H, W)
-    for seg; {"boxes": (B, M, 4), "labels": (B, M), padded with -1} for det; labels (B,) for cls."""
-    images = torch.stack([image for image, _ in samples]).to(device)  # (B, 3, H, W) uint8
-    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (MEAN, STD))
-    images = images.to(torch.float32, memory_format=torch.channels_last).sub_(mean).div_(std)
-    columns = {key: [target[key] for _, target in samples] for key in samples[0][1]}
-    if "mask" in columns:
-        return images, torch.stack(columns["mask"]).to(device, torch.int64)
-    if "label" in columns:
-        return images, torch.tensor(columns["label"], device=device)
-    return images, {"boxes": pad_sequence([b.reshape(-1, 4) for b in columns["boxes"]], batch_first=True).to(device),
-                    "labels": pad_sequence(columns["labels"], batch_first=True, padding_value=-1).to(device)}
+@cache
+def imagenet(device):
+    """ImageNet's mean and standard deviation for the values 0-255, each (3, 1, 1), sent to a device only once."""
+    return [torch.tensor(v, device=device).view(3, 1, 1)
+            for v in ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))]
+
+
+def normalise(images):
+    """uint8 (B, 3, H, W) -> float32, normalised, in channels_last, which convolutions on a CPU like best."""
+    mean, std = imagenet(images.device)
+    return images.to(torch.float32, memory_format=torch.channels_last).sub_(mean).div_(std)
+
+
+def take(batch, index, device=None):
+    """The samples at `index`, a slice or a tensor of positions, of a batch (images, {name: column})."""
+    images, target = batch
+    return images[index].to(device), {name: column[index].to(device) for name, column in target.items()}
+
+
+def augment(images, target, zoom=(0.6, 1.4), aspect=1.3, colour=0.3, mask_stride=4):
+    """Draws a window for each image of a batch, resamples it to the full size, and flips and recolours it.
+
+    images (B, 3, S, S) uint8 and the target of `MiniSet.batch` -> normalised images and their target. The window's
+    side is zoom · S; where it leaves the image it shows the mean colour, and 255 in the mask. Boxes of which less than
+    a fifth stays visible get the label -1. Masks are read at every fourth pixel: the logits are coarser still, and
+    the window moves in every epoch. One pass over the whole batch, on the device that holds it.
+    """
+    (b, _, size, _), device = images.shape, images.device
+
+    def uniform(low, high, *shape):
+        return torch.empty(b, *shape, device=device).uniform_(low, high)
+
+    # The window in units of the image, x and y in the last dimension: start + extent · t shows at t in [0, 1]
+    side, ratio = uniform(*zoom, 1), uniform(-1, 1, 1).mul(log(aspect) / 2).exp()
+    extent = torch.cat([side * ratio, side / ratio], 1)  # (B, 2)
+    start = uniform(0, 1, 2) * (1 - extent)  # (B, 2) inside the image, or around it
+    flip = torch.stack([uniform(0, 1) < 0.5, torch.zeros(b, dtype=torch.bool, device=device)], 1)  # (B, 2)
+    start, extent = torch.where(flip, start + extent, start), torch.where(flip, -extent, extent)
+
+    def sample(x, n, mode):
+        t = (torch.arange(n, device=device) + 0.5) / n
+        x_at, y_at = (2 * (start[..., None] + extent[..., None] * t) - 1).unbind(1)  # each (B, n) in [-1, 1]
+        grid = torch.stack([x_at[:, None].expand(b, n, n), y_at[:, :, None].expand(b, n, n)], 3)  # (B, n, n, 2)
+        return F.grid_sample(x, grid, mode, align_corners=False)
+
+    mean, std = imagenet(device)
+    x = sample(images.to(torch.float32).sub_(mean), size, "bilinear")  # (B, 3, S, S), 0 = the mean colour
+    x = x.lerp(x.mean(1, keepdim=True), uniform(-colour, colour, 1, 1, 1))  # saturation
+    gain, shift = uniform(1 - colour, 1 + colour, 1, 1, 1), 100 * uniform(-colour, colour, 1, 1, 1)
+    x = x.mul_(gain / std).add_(shift / std).contiguous(memory_format=torch.channels_last)  # contrast, brightness
+    if "mask" in target:
+        mask = sample(target["mask"][:, None].float() - IGNORE, size // mask_stride, "nearest") + IGNORE
+        return x, {"mask": mask[:, 0].long()}  # (B, S/4, S/4)
+    if "boxes" in target:
+        corners = (target["boxes"].unflatten(2, (2, 2)) / size - start[:, None, None]) / extent[:, None, None] * size
+        whole = torch.cat([corners.amin(2), corners.amax(2)], 2)  # (B, M, 4)
+        boxes = whole.clamp(0, size)
+        area, before = ((v[..., 2] - v[..., 0]) * (v[..., 3] - v[..., 1]) for v in (boxes, whole))  # (B, M)
+        return x, {"boxes": boxes, "labels": torch.where(area > before / 5, target["labels"], -1)}
+    return x, target
 
 
 def encode(boxes, locations):

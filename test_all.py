@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
-from torchvision import tv_tensors
 from torchvision.ops import box_convert, box_iou, generalized_box_iou_loss
+from torchvision.transforms.functional import pil_to_tensor
 
 import data
 import forgetting
@@ -26,7 +26,8 @@ import losses
 import metrics
 import train
 from data import IGNORE, TASKS, MiniSet, UserError
-from model import CLS, DET, SEG, OneHead, collate, decode, detections, encode, load_model, load_weights, save_model
+from model import (CLS, DET, SEG, OneHead, augment, decode, detections, encode, load_model, load_weights, normalise,
+                   save_model, take)
 
 COUNTS = {"train": 20, "val": 10}
 
@@ -164,18 +165,18 @@ class Oracle(torch.nn.Module):
 
     def forward(self, images, tasks, upsample):
         truth = self.split.truth[self.at:self.at + len(images)]
-        targets = [t for _, t in self.split[self.at:self.at + len(images)]]
+        _, target = take(self.split.batch, slice(self.at, self.at + len(images)))
         self.at += len(images)
         if tasks == ("cls",):
-            return {"cls": F.one_hot(torch.tensor([t["label"] for t in targets]), 10).float()}
+            return {"cls": F.one_hot(target["labels"][:, 0], 10).float()}
         if tasks == ("seg",):
             return {"seg": torch.stack([F.one_hot(torch.from_numpy(m % 255).long(), 21).permute(2, 0, 1) for m in truth]) * 9.0}
         det = torch.full((len(images), 40, 15), -20.0)
-        for row, t in zip(det, targets):
-            m = len(t["labels"])
-            row[:m, :4] = box_convert(t["boxes"].as_subclass(torch.Tensor), "xyxy", "cxcywh")
+        for row, boxes, labels in zip(det, target["boxes"], target["labels"]):
+            m = (labels >= 0).sum()
+            row[:m, :4] = box_convert(boxes[:m], "xyxy", "cxcywh")
             row[:m, 4] = 20
-            row[range(m), 5 + t["labels"]] = 20
+            row[range(m), 5 + labels[:m]] = 20
         return {"det": det}
 
 
@@ -195,11 +196,11 @@ def stretch(root, size=(96, 64)):
 def test_oracle_scores_one_in_every_metric_on_oblong_images(copy):
     stretch(copy)
     split = MiniSet(copy, "seg", "val", 32)
-    assert split.truth[0].shape == (64, 96) and split[0][1]["mask"].shape == (32, 32)
+    assert split.truth[0].shape == (64, 96) and split.batch[1]["mask"].shape == (10, 32, 32)
     assert metrics.evaluate(Oracle(split), {"seg": split}, "cpu", batch_size=3)["seg"] == 1
     split = MiniSet(copy, "det", "val", 32)
     found = split.truth[0]["annotations"][0]["bbox"]
-    torch.testing.assert_close(box_convert(split[0][1]["boxes"][0], "xyxy", "xywh"),
+    torch.testing.assert_close(box_convert(split.batch[1]["boxes"][0, 0], "xyxy", "xywh"),
                                torch.tensor(found) * torch.tensor([32 / 96, 32 / 64, 32 / 96, 32 / 64]))
     assert metrics.evaluate(Oracle(split), {"det": split}, "cpu", batch_size=3)["map_50_95"] == pytest.approx(1)
     split = MiniSet(copy, "cls", "val", 32)
@@ -323,7 +324,7 @@ def test_detection_loss_by_hand():
     ln2, ln10 = np.log(2), np.log(10)
     giou = generalized_box_iou_loss(torch.tensor([[12.0, 12, 20, 20]]), target["boxes"][0])
     assert losses.det_loss(det, target, locations).item() == pytest.approx(2 * giou.item() + ln10 + 16 * ln2, rel=1e-5)
-    empty = {"boxes": torch.zeros(1, 0, 4), "labels": torch.zeros(1, 0, dtype=int)}
+    empty = {"boxes": torch.zeros(1, 1, 4), "labels": torch.tensor([[-1]])}
     det.requires_grad_()
     loss = losses.det_loss(det, empty, locations)
     loss.backward()
@@ -458,36 +459,51 @@ def test_augmentation_moves_image_and_target_together():
     mask = torch.zeros(64, 64, dtype=torch.uint8)
     mask[10:30, 20:50] = 7
     red = torch.tensor([255, 0, 0], dtype=torch.uint8).view(3, 1, 1)
-    image = tv_tensors.Image((mask > 0) * red)  # a red patch on black; a zoom out adds grey
-    boxes = tv_tensors.BoundingBoxes([[20.0, 10, 50, 30]], format="XYXY", canvas_size=(64, 64))
-    seg, det = data.augmentation("seg", 64), data.augmentation("det", 64)
-    moved = 0
-    for _ in range(20):
-        x, target = seg(image, {"mask": tv_tensors.Mask(mask)})
-        seen, shown = x[0].int() - x[1].int() > 60, target["mask"] == 7
-        assert (seen != shown).float().mean() < 0.06  # bilinear against nearest borders
-        moved += not torch.equal(shown, mask == 7)
-        x, target = det(image, {"boxes": boxes, "labels": torch.tensor([3])})
-        y, x = (x[0].int() - x[1].int() > 60).nonzero().unbind(1)
-        if len(target["boxes"]):
-            seen = torch.stack([x.min(), y.min(), x.max() + 1, y.max() + 1])
-            assert (seen - target["boxes"][0]).abs().max() < 3
+    images = ((mask > 0) * red).repeat(40, 1, 1, 1)  # a red patch on black; outside of the image it is grey
+    boxes = torch.tensor([20.0, 10, 50, 30]).repeat(40, 1, 1)
+    torch.manual_seed(1)
+    x, target = augment(images, {"mask": mask.repeat(40, 1, 1)}, mask_stride=1)
+    seen, shown = x[:, 0] - x[:, 1] > 1.5, target["mask"] == 7
+    assert (seen != shown).float().mean((1, 2)).max() < 0.06  # bilinear against nearest borders
+    assert not any(torch.equal(m, shown[0]) for m in shown[1:])  # a window for every image
+    outside = x[(target["mask"] == IGNORE)[:, None].expand(x.shape)]
+    assert len(outside) and (outside.abs() < 0.6).float().mean() > 0.9  # grey, but for a blend at the border
+    torch.manual_seed(1)  # the same windows
+    y, target = augment(images, {"boxes": boxes, "labels": torch.full((40, 1), 3)})
+    assert torch.equal(x, y)
+    for i, (box, label) in enumerate(zip(target["boxes"][:, 0], target["labels"][:, 0])):
+        rows, columns = seen[i].nonzero().unbind(1)
+        if label == 3:
+            found = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+            assert (found - box).abs().max() < 3
         else:
-            assert len(x) < 200  # cropped away, but for a sliver
-    assert moved > 10
+            assert len(rows) < 30 * 20 / 0.6**2 / 4  # cropped away, but for a fifth
+    torch.manual_seed(1)
+    _, coarse = augment(images, {"mask": mask.repeat(40, 1, 1)}, mask_stride=4)
+    near = F.avg_pool2d(shown[:, None].float(), 4)[:, 0]  # share of the class in each 4×4 block
+    sure = (near == 0) | (near == 1)
+    assert coarse["mask"].shape == (40, 16, 16) and torch.equal((coarse["mask"] == 7)[sure], near[sure] == 1)
 
 
-def test_collate_normalises_and_pads(shapes):
+def test_half_of_the_images_are_flipped_and_colours_vary():
+    torch.manual_seed(0)
+    ramp = torch.arange(64).mul(4).to(torch.uint8).expand(400, 3, 64, 64)
+    x, target = augment(ramp, {"labels": torch.arange(400)[:, None]}, zoom=(1, 1), aspect=1)
+    rising = (x[:, 0, 32, 63] > x[:, 0, 32, 0]).float().mean()
+    assert 0.4 < rising < 0.6 and target["labels"].flatten().tolist() == list(range(400))
+    assert x.mean((1, 2, 3)).std() > 0.2 and x.std((1, 2, 3)).std() > 0.1
+
+
+def test_images_are_normalised_and_boxes_padded(shapes):
     split = MiniSet(shapes, "det", "train", 64)
-    images, target = collate(split[:6])
-    raw = torch.stack([i for i, _ in split[:6]]).float() / 255
-    expected = (raw - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    raw, target = take(split.batch, slice(6))
+    images = normalise(raw)
+    expected = (raw / 255 - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     torch.testing.assert_close(images, expected, atol=1e-4, rtol=1e-4)
     assert images.is_contiguous(memory_format=torch.channels_last)
-    counts = [len(t["labels"]) for _, t in split[:6]]
-    assert target["boxes"].shape == (6, max(counts), 4) and (target["labels"] >= 0).sum(1).tolist() == counts
-    empty = (split[0][0], {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=int)})
-    assert collate([empty])[1]["boxes"].shape == (1, 0, 4)
+    counts = [len(t["annotations"]) for t in split.truth[:6]]
+    assert (target["labels"] >= 0).sum(1).tolist() == counts
+    assert all((row[:n] >= 0).all() and (row[n:] == -1).all() for row, n in zip(target["labels"], counts))
 
 
 def test_boxes_are_scaled_clipped_and_skipped(copy, capsys):
@@ -498,9 +514,10 @@ def test_boxes_are_scaled_clipped_and_skipped(copy, capsys):
                            enumerate([([-10, 8, 30, 16], 0), ([5, 5, 0, 9], 0), ([70, 5, 9, 9], 0), ([0, 0, 64, 64], 1)])]
     file.write_text(json.dumps(coco))
     split = MiniSet(copy, "det", "val", 32)
-    assert split[0][1]["boxes"].tolist() == [[0, 4, 10, 12]]  # half size, clipped; the crowd is no target
+    target = split.batch[1]
+    assert target["boxes"][0, 0].tolist() == [0, 4, 10, 12]  # half size, clipped; the crowd is no target
+    assert target["labels"][0].tolist() == [1, -1] and (target["labels"][1:] == -1).all()
     assert len(split.truth[0]["annotations"]) == 2 and "skipped 2 boxes" in capsys.readouterr().out
-    assert split[1][1]["boxes"].shape == (0, 4)
 
 
 def test_classes_are_mapped_by_name(copy):
@@ -513,14 +530,14 @@ def test_classes_are_mapped_by_name(copy):
         a["category_id"] = 90 - a["category_id"]
     file.write_text(json.dumps(coco))
     after = MiniSet(copy, "det", "val", 64, before.classes)
-    assert all(torch.equal(a["labels"], b["labels"]) for (_, a), (_, b) in zip(before, after))
+    assert torch.equal(before.batch[1]["labels"], after.batch[1]["labels"])
     shutil.rmtree(copy / "imagenette_160/val" / sorted(data.SHAPES)[0])
     split = MiniSet(copy, "cls", "val", 64, sorted(data.SHAPES))
-    assert [t["label"] for _, t in split] == list(range(1, 10))
+    assert split.batch[1]["labels"][:, 0].tolist() == list(range(1, 10))
     with pytest.raises(UserError, match="unknown cls classes"):
         MiniSet(copy, "cls", "val", 64, data.SHAPES[:5])
     some = MiniSet(copy, "cls", "val", 64, data.SHAPES[:5], skip_unknown=True)
-    assert {some.classes[t["label"]] for _, t in some} == {*data.SHAPES[:5]} - {sorted(data.SHAPES)[0]}
+    assert {some.classes[i] for i in some.batch[1]["labels"][:, 0]} == {*data.SHAPES[:5]} - {sorted(data.SHAPES)[0]}
 
 
 def test_palette_indices_survive_and_bad_masks_are_named(copy):
@@ -535,7 +552,7 @@ def test_palette_indices_survive_and_bad_masks_are_named(copy):
         mask.convert(mode).save(file)
     write(values)
     split = MiniSet(copy, "seg", "val", 32)
-    assert np.array_equal(split.truth[3], values) and set(split[3][1]["mask"].unique().tolist()) == {5, IGNORE}
+    assert np.array_equal(split.truth[3], values) and set(split.batch[1]["mask"][3].unique().tolist()) == {5, IGNORE}
     for bad, mode in ((values + 30, "P"), (values, "RGB"), (values[:9], "P")):
         write(bad, mode)
         with pytest.raises(UserError, match="0003.png"):
@@ -676,18 +693,19 @@ def test_shapes_are_reproducible_and_exclusive(shapes, tmp_path):
 
 def test_replay_buffer_size_cover_and_constancy(shapes):
     samples, model = MiniSet(shapes, "det", "train", 64), OneHead()
-    for images in (3, 10):
-        replay = forgetting.Replay(settings(replay_images=images))
+    for count in (3, 10):
+        replay = forgetting.Replay(settings(replay_images=count))
         replay.remember("det", model, samples)
-        stored = replay.buffer["det"]
-        assert len(stored) == images
-    assert {c for _, t in stored for c in data.class_indices(t)} == {c for _, t in samples for c in data.class_indices(t)}
-    before = [image.clone() for image, _ in stored]
+        images, target = replay.buffer["det"]
+        assert len(images) == images.unique(dim=0).shape[0] == len(target["labels"]) == count
+    everything = samples.batch[1]["labels"].unique().tolist()
+    assert target["labels"].unique().tolist() == everything and everything[1:] == list(range(10))
+    before = images.clone()
     replay.remember("cls", model, MiniSet(shapes, "cls", "train", 64))
     for _ in range(3):
         assert replay.penalty(model, "cpu").requires_grad
-    assert replay.buffer["det"] is stored and all(torch.equal(a, b) for a, (b, _) in zip(before, stored))
-    assert all(any(image is original for original, _ in samples) for image, _ in stored)  # un-augmented
+    assert replay.buffer["det"][0] is images and torch.equal(before, images)
+    assert all((samples.batch[0] == image).flatten(1).all(1).any() for image in images)  # un-augmented
     only = forgetting.Replay(settings(replay_tasks=["seg"]))
     only.remember("det", model, samples)
     assert only.buffer == {} and only.penalty(model, "cpu") == 0
@@ -729,11 +747,28 @@ def test_eval_maps_by_name_on_a_folder_with_val_alone(copy, finished, tmp_path, 
     net, size, classes = load_model(model)
     hits = 0
     for photo in (copy / "imagenette_160/val").glob("*/*"):
-        x = tv_tensors.Image(Image.open(photo).convert("RGB").resize((size, size), Image.BILINEAR))
-        hits += classes["cls"][net(collate([(x, {"label": 0})])[0])["cls"].argmax()] == photo.parent.name
+        x = normalise(pil_to_tensor(Image.open(photo).convert("RGB").resize((size, size), Image.BILINEAR))[None])
+        hits += classes["cls"][net(x)["cls"].argmax()] == photo.parent.name
     assert measured["cls"] == hits / 9
     with pytest.raises(UserError, match="mini_voc_seg"):
         train.main(["--eval", model, "--data", str(copy), "--tasks", "seg"])
+
+
+def test_benchmark_measures_and_writes(shapes, tmp_path, capsys):
+    out = tmp_path / "benchmark.json"
+    result = train.main(flags(shapes, out, "--benchmark"))
+    assert json.loads(out.read_text()) == json.loads(json.dumps(result))
+    assert result["parameters"] == sum(p.numel() for p in OneHead().parameters())
+    assert len(result["latency_ms"]) == 4 and all(0 < ms["p50"] <= ms["p95"] for ms in result["latency_ms"].values())
+    for speed in result["training"].values():
+        assert speed["whole_over_bare"] == pytest.approx(speed["bare_images_per_s"] / speed["images_per_s"])
+    assert "× the time of bare steps" in capsys.readouterr().out and 0.1 < result["peak_memory_gib"] < 24
+
+
+def test_timing_takes_turns():
+    order = []
+    times = metrics.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2, "cpu")
+    assert "".join(order) == "ab" * 5 and {k: len(v) for k, v in times.items()} == {"a": 2, "b": 2}
 
 
 def test_stage_one_is_its_own_baseline(shapes, finished):

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -16,11 +17,12 @@ import PIL
 import torch
 import torchvision
 
-from data import FOLDERS, TASKS, MiniSet, UserError, augmentation, draw_shapes
+from data import FOLDERS, TASKS, MiniSet, UserError, draw_shapes
 from forgetting import REMEDIES, Replay, build
 from losses import task_loss
-from metrics import NAMES, evaluate, judge, latency_ms, show
-from model import OneHead, collate, load_model, load_weights, save_model
+from metrics import (NAMES, benchmark, device_name, digest, evaluate, evaluate_saved, interleaved, judge, latencies,
+                     show, write_json)
+from model import OneHead, augment, load_weights, save_model, take
 
 # What depends on the data: drawn shapes are learned from scratch in minutes, photos from an ImageNet trunk.
 DEFAULTS = {"shapes": dict(weights="none", image_size=96, epochs=[22, 22, 16], lr=[2e-3, 2e-3, 1e-3], trunk_lr=1.0,
@@ -59,6 +61,8 @@ def parse(argv):
     add("--eval-every", type=int, default=0, help="epochs between measurements of all tasks, for display only "
         "(default: at the end of each stage)")
     add("--eval", metavar="MODEL", help="measure this model.pt on the val split of --data instead of training")
+    add("--benchmark", action="store_true", help="measure parameters, latency, training speed and memory on this "
+        "machine instead of training, and write them to --out (default: runs/benchmark.json)")
     add("--tasks", nargs="+", choices=[*TASKS, "all"], default=["all"], help="with --eval: which (default: all)")
     args = parser.parse_args(argv)
     if args.device == "auto":
@@ -67,11 +71,12 @@ def parse(argv):
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {args.device}: there is no such device here; use --device cpu.")
-    if args.out and Path(args.out).exists() and Path(args.out).is_dir() == bool(args.eval):
-        raise UserError(f"--out {args.out}: must be a {'file' if args.eval else 'folder'}, but is not; name another.")
+    file = bool(args.eval or args.benchmark)
+    if args.out and Path(args.out).exists() and Path(args.out).is_dir() == file:
+        raise UserError(f"--out {args.out}: must be a {'file' if file else 'folder'}, but is not; name another.")
+    args.data = find_data(args.data)
     if args.eval:
         return args
-    args.data = find_data(args.data)
     for name, value in DEFAULTS["shapes" if args.data == SHAPES_DIR else "photos"].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -87,7 +92,7 @@ def parse(argv):
     for name in ("batch_size", "replay_batch"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1.")
-    args.out = args.out or f"runs/{args.strategy}-seed{args.seed}"
+    args.out = args.out or ("runs/benchmark.json" if args.benchmark else f"runs/{args.strategy}-seed{args.seed}")
     if (Path(args.out) / "results.json").exists():
         raise UserError(f"--out {args.out}: holds a finished run; name another folder, or delete that one.")
     return args
@@ -141,8 +146,9 @@ def new_model(args):
     return model.to(args.device, memory_format=torch.channels_last)
 
 
-def make_optimizer(model, trunk_lr, weight_decay):
-    """AdamW; each group carries its share of the learning rate.
+def make_optimizer(model, args):
+    """AdamW, whose groups carry their share of the learning rate, and the scaler that keeps the gradients of half
+    precision (on a GPU) from underflowing. Both work without waiting for a GPU.
 
     Weight decay leaves out biases, BatchNorm and the output layer: there it would move the rows of tasks that get
     no gradient, and an old task's rows must stay bit-identical through a stage that does not touch them.
@@ -151,9 +157,22 @@ def make_optimizer(model, trunk_lr, weight_decay):
     for name, parameter in model.named_parameters():
         decays = parameter.ndim > 1 and not name.startswith("head.2.")
         groups.setdefault((name.startswith("features."), decays), []).append(parameter)
-    return torch.optim.AdamW([{"params": parameters, "share": trunk_lr if trunk else 1.0,
-                               "weight_decay": weight_decay if decays else 0.0}
-                              for (trunk, decays), parameters in groups.items()], fused=True)
+    optimizer = torch.optim.AdamW([{"params": parameters, "share": args.trunk_lr if trunk else 1.0,
+                                    "weight_decay": args.weight_decay if decays else 0.0}
+                                   for (trunk, decays), parameters in groups.items()], fused=True)
+    return optimizer, torch.amp.GradScaler("cuda", enabled="cuda" in args.device)
+
+
+def train_step(model, task, images, target, remedies, optimizer, scaler, device):
+    """One update -> (loss, penalty), detached and left on the device: reading them would make a GPU wait."""
+    with torch.autocast(torch.device(device).type, torch.float16, enabled=scaler.is_enabled()):
+        loss = task_loss(model, task, images, target)
+        penalty = sum((remedy.penalty(model, device) for remedy in remedies), torch.zeros_like(loss))
+    optimizer.zero_grad()
+    scaler.scale(loss + penalty).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    return loss.detach(), penalty.detach()
 
 
 def train_stage(model, task, samples, remedies, args, clock, title, measure=None):
@@ -164,26 +183,21 @@ def train_stage(model, task, samples, remedies, args, clock, title, measure=None
     """
     stage = TASKS.index(task)
     torch.manual_seed(1000 * args.seed + stage + 1)
-    optimizer = make_optimizer(model, args.trunk_lr, args.weight_decay)
-    augment = augmentation(task, args.image_size)
+    optimizer, scaler = make_optimizer(model, args)
+    stored = take(samples.batch, slice(None), args.device)
     epochs, steps, step, history = args.epochs[stage], -(-len(samples) // args.batch_size), 0, []
     total = epochs * steps
     for epoch in range(1, epochs + 1):
         start, sums, finite = time.perf_counter(), torch.zeros(2, device=args.device), 0
-        batches = torch.randperm(len(samples)).split(args.batch_size)
+        batches = torch.randperm(len(samples), device=args.device).split(args.batch_size)
         model.train()
         for batch in batches:
             step += 1
             lr = args.lr[stage] * min(step / (0.05 * total), 0.5 + 0.5 * math.cos(math.pi * step / total))
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["share"]
-            images, target = collate([augment(*samples[i]) for i in batch.tolist()], args.device)
-            loss = task_loss(model, task, images, target)
-            penalty = sum((remedy.penalty(model, args.device) for remedy in remedies), torch.zeros_like(loss))
-            optimizer.zero_grad()
-            (loss + penalty).backward()
-            optimizer.step()
-            sums += torch.stack([loss.detach(), penalty.detach()])
+            batch = augment(*take(stored, batch))
+            sums += torch.stack(train_step(model, task, *batch, remedies, optimizer, scaler, args.device))
             finite += sums.isfinite().all()  # counts the steps before the first that was not, on the device
             if sys.stdout.isatty():
                 print(f"\r{title} epoch {epoch}/{epochs} step {(step - 1) % steps + 1}/{steps} ", end="", flush=True)
@@ -200,16 +214,6 @@ def train_stage(model, task, samples, remedies, args, clock, title, measure=None
         print(("\r" if sys.stdout.isatty() else "") + f"{title} epoch {epoch:3}/{epochs}  loss {loss:.4f}  penalty "
               f"{penalty:.4f}  lr {lr:.1e}  {images / seconds:.0f} images/s  {clock.left()} left", flush=True)
     return history
-
-
-def digest(*paths):
-    """SHA-256 over the contents of files and folders (names inside a folder count, its own path does not)."""
-    result = hashlib.sha256()
-    for path in map(Path, paths):
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.is_file():
-                result.update(str(file.relative_to(path)).encode() + file.read_bytes())
-    return result.hexdigest()
 
 
 def baseline_file(task, args, digests):
@@ -237,16 +241,20 @@ def single_task(task, args, file, samples, clock, measure):
     return torch.load(file, map_location=args.device, weights_only=True)
 
 
-def seconds_per_image(args, samples):
-    """Measures one training step (after one to warm up) on a throw-away model."""
-    model, augment = new_model(args).train(), augmentation("seg", args.image_size)
-    for _ in range(2):
-        start = time.perf_counter()
-        images, target = collate([augment(*samples[i % len(samples)]) for i in range(args.batch_size)], args.device)
-        loss = task_loss(model, "seg", images, target)
-        loss.backward()
-        model.head[2].bias.grad.sum().item()  # waits for a GPU
-    return (time.perf_counter() - start) / args.batch_size
+def trial_steps(task, samples, args):
+    """Training steps of a throw-away model, to be timed -> (images a step, a whole step, a bare one), two functions: the
+    bare one is forward, loss, backward and update on a batch that is ready, the whole one prepares its own."""
+    model = new_model(args).train()
+    optimizer, scaler = make_optimizer(model, args)
+    stored = take(samples.batch, slice(None), args.device)
+
+    def bare(batch=augment(*take(stored, slice(args.batch_size)))):
+        train_step(model, task, *batch, [], optimizer, scaler, args.device)
+
+    def whole():
+        bare(augment(*take(stored, torch.randperm(len(samples), device=args.device)[:args.batch_size])))
+
+    return min(args.batch_size, len(samples)), whole, bare
 
 
 def run(args):
@@ -267,9 +275,10 @@ def run(args):
     work = sum(args.epochs[s] * len(train[t]) for s, t in enumerate(TASKS) if not files[t].exists())
     work += sum(args.epochs[s] * images_per_epoch(args, len(train[t]), s, remedies) for s, t in enumerate(TASKS)
                 if s or args.bn == "live")
-    clock = Clock(work)
+    clock, (images, step, _) = Clock(work), trial_steps("seg", train["seg"], args)
+    seconds = statistics.median(interleaved({"step": step}, 1, args.device)["step"]) / 1000 / images * work
     print(f"{args.strategy} on {args.data} at {args.image_size} px, seed {args.seed}, {args.device}: {work:,} training "
-          f"images, about {duration(work * seconds_per_image(args, train['seg']))}; results go to {out}", flush=True)
+          f"images, about {duration(seconds)}; results go to {out}", flush=True)
 
     # Baselines: each task alone
     singles = {t: single_task(t, args, files[t], train[t], clock, measure) for t in TASKS}
@@ -297,13 +306,13 @@ def run(args):
         save_model(out / "model.pt", model, args.image_size, classes)
         print(f"after stage {stage + 1}: " + ", ".join(f"{NAMES[t]} {matrix[-1][t]:.3f}" for t in TASKS), flush=True)
 
-    cpu = f"{args.device}, {torch.get_num_threads()} threads"
     results = {
         "args": vars(args), "data": {"folder": args.data, "sha256": digests}, "classes": classes,
-        "params": sum(p.numel() for p in model.parameters()), "latency_ms": latency_ms(model, args.device),
+        "params": sum(p.numel() for p in model.parameters()),
+        "latency_ms": statistics.median(latencies(model, args.device)["OneHead"]),
         "seconds": {"baselines": sum(singles[t]["seconds"] for t in TASKS[args.bn == "fixed":]),
                     "stages": sum(stage_seconds), "total": time.perf_counter() - start},
-        "device": torch.cuda.get_device_name() if "cuda" in args.device else cpu, "torch": torch.__version__,
+        "device": device_name(args.device), "torch": torch.__version__,
         "tasks": list(TASKS), "metrics": NAMES, "baseline": baseline, "matrix": matrix, "final": matrix[-1],
         "map_50_95": history[-1]["map_50_95"], "history": history}
     judge(results)
@@ -312,38 +321,13 @@ def run(args):
     return results
 
 
-def evaluate_saved(args):
-    """Measures a saved model on the val split of any folder in the mini-set layout -> the dict it writes as JSON."""
-    model, size, classes = load_model(args.eval)
-    root = Path(find_data(args.data))
-    tasks = [t for t in TASKS if t in args.tasks or ("all" in args.tasks and (root / FOLDERS[t]).is_dir())]
-    if not tasks:
-        raise UserError(f"--data {root}: holds none of {', '.join(FOLDERS.values())}; name a folder in that layout.")
-    for t in TASKS:
-        if "all" in args.tasks and t not in tasks:
-            print(f"{root / FOLDERS[t]} is missing: {NAMES[t]} is not measured")
-    val = {t: MiniSet(root, t, "val", size, classes[t], skip_unknown=True) for t in tasks}
-    measured = evaluate(model.to(args.device, memory_format=torch.channels_last), val, args.device)
-    result = {key: measured.get(key) for key in (*TASKS, "map_50_95")} | {"n": {t: len(val[t]) for t in tasks}}
-    for t in tasks:
-        extra = f" (mAP@50:95 {result['map_50_95']:.4f})" if t == "det" else ""
-        print(f"{t}: {NAMES[t]} {result[t]:.4f}{extra} on {len(val[t])} images")
-    file = Path(args.out or Path(args.eval).parent / "eval.json")
-    write_json(file, result)
-    print(f"Wrote {file}")
-    return result
-
-
-def write_json(path, value):
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{path}.part").write_text(json.dumps(value, indent=1))
-    os.replace(f"{path}.part", path)
-
-
 def main(argv=None):
     """Runs the command line -> the results that it also writes as JSON. See `--help` for the flags."""
     args = parse(argv)
     try:
+        if args.benchmark:
+            steps = {t: trial_steps(t, MiniSet(args.data, t, "train", args.image_size), args) for t in TASKS}
+            return benchmark(new_model(args), steps, args)
         return evaluate_saved(args) if args.eval else run(args)
     except KeyboardInterrupt:
         saved = Path(args.out or "") / "model.pt"

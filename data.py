@@ -1,7 +1,7 @@
 """The three mini-sets: sampling them from the originals, drawing them as shapes, and loading them.
 
 Conventions, from here to the end of the project:
-  image   uint8 (3, H, W), RGB; float32 and normalised with ImageNet's mean and standard deviation from `normalise` on
+  image   uint8 (3, H, W), RGB; float32 and normalised by ImageNet's mean and deviation where it enters the network
   mask    class index (H, W), uint8 in memory and int64 in a loss; 255 = ignore (void outlines, padding)
   boxes   float32 (M, 4), absolute xyxy in pixels of the *resized* image; COCO's xywh exists only in the files
   labels  int64 class indices from 0, assigned by class *name*; in a batch, -1 pads images with fewer boxes
@@ -110,7 +110,8 @@ class MiniSet:
             if not skip_unknown:
                 raise UserError(f"{root}: unknown {task} classes {unknown}; known are {', '.join(self.classes)}.")
             print(f"{root}: leaves out the {task} classes {unknown}, which this model does not know")
-            samples = [(path, t) for path, t in samples if task == "det" or t in self.classes]
+            if not (samples := [(path, t) for path, t in samples if task == "det" or t in self.classes]):
+                raise UserError(f"{root}: no {task} image of a known class; known are {', '.join(self.classes)}.")
         self.paths, images, targets = [path for path, _ in samples], [], []
         for path, target in samples:
             image = read_image(path)
@@ -134,17 +135,16 @@ class MiniSet:
             else:
                 targets.append({"labels": torch.tensor([self.classes.index(target)])})
             images.append(pil_to_tensor(image.resize((size, size), Image.BILINEAR)))  # (3, size, size)
-        padding = IGNORE if task == "seg" else -1
-        self.batch = torch.stack(images), {key: pad_sequence([t[key] for t in targets], True, padding)
-                                           for key in targets[0]}
+        columns = {key: [t[key] for t in targets] for key in targets[0]}
+        self.batch = torch.stack(images), {key: pad_sequence(column, True, -1) if task == "det" else torch.stack(column)
+                                           for key, column in columns.items()}
 
     def __len__(self):
         return len(self.paths)
 
     def labels(self, i):
         """The class of every pixel, every box or the whole of image i, as a flat array."""
-        target = self.batch[1]
-        found = (target["mask"] if "mask" in target else target["labels"])[i].numpy()
+        found = next(reversed(self.batch[1].values()))[i].numpy()  # mask or labels
         return found[(found >= 0) & (found != IGNORE)]
 
 

@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import os
-import resource
 import statistics
 import sys
 import time
@@ -108,7 +107,7 @@ def evaluate(model, splits, device, batch_size=8):
 
 
 def evaluate_saved(args):
-    """Measures the model of `--eval` on the val split of any folder in the layout -> the dict that it writes as JSON."""
+    """Measures the model of `--eval` on the val split of a folder in the layout -> the dict that it writes as JSON."""
     model, size, classes = load_model(args.eval)
     root = Path(args.data)
     tasks = [t for t in TASKS if t in args.tasks or ("all" in args.tasks and (root / FOLDERS[t]).is_dir())]
@@ -138,7 +137,7 @@ def interleaved(calls, runs, device):
             start = time.perf_counter()
             call()
             if "cuda" in str(device):
-                torch.cuda.synchronize()
+                torch.cuda.synchronize(device)
             times[name].append(1000 * (time.perf_counter() - start))
     return {name: ms[3:] for name, ms in times.items()}
 
@@ -146,7 +145,8 @@ def interleaved(calls, runs, device):
 @torch.no_grad()
 def latencies(model, device, runs=20, rivals=False, size=512):
     """Milliseconds for one normalised size×size image of noise, to boxes after NMS, class map and class: {name: [ms]}.
-    rivals: also of the three torchvision networks that one would otherwise run for these answers, in the same turns.
+    rivals: also of the three torchvision networks that one would otherwise run for these answers, in the same turns,
+    untrained and with a bias towards background, so that they find no box; nor does an untrained OneHead.
     """
     image = torch.randn(1, 3, size, size, device=device).to(memory_format=torch.channels_last)
     model.eval()
@@ -174,12 +174,6 @@ def benchmark(model, steps, args):
 
     steps: {task: (images a step, a whole training step, a bare one)}, see `train.trial_steps`. Medians of 20 rounds.
     """
-    latency = {name: dict(zip(("p50", "p95"), np.percentile(ms, (50, 95)).tolist()))
-               for name, ms in latencies(model, args.device, rivals=True).items()}
-    for name, ms in latency.items():
-        print(f"{name:30} {ms['p50']:6.1f} ms a 512×512 image (p95 {ms['p95']:.1f})")
-    ours, *rivals = (ms["p50"] for ms in latency.values())
-    print(f"{'the last three together':30} {sum(rivals):6.1f} ms = {sum(rivals) / ours:.2f} × OneHead", flush=True)
     training = {}
     for task, (images, whole, bare) in steps.items():
         times = interleaved({"whole": whole, "bare": bare}, 20, args.device)
@@ -188,21 +182,36 @@ def benchmark(model, steps, args):
                           "whole_over_bare": ms["whole"] / ms["bare"]}
         print(f"training {task} {training[task]['images_per_s']:7.1f} images/s at {args.image_size} px, "
               f"{ms['whole'] / ms['bare']:.3f} × the time of bare steps", flush=True)
-    if "cuda" in args.device:
-        memory = torch.cuda.max_memory_allocated()
-    else:  # the process's peak, which Linux counts in KiB and macOS in bytes
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    memory = peak_memory(args.device)
+    latency = {name: dict(zip(("p50", "p95"), np.percentile(ms, (50, 95)).tolist()))
+               for name, ms in latencies(model, args.device, rivals=True).items()}
+    for name, ms in latency.items():
+        print(f"{name:30} {ms['p50']:6.1f} ms a 512×512 image (p95 {ms['p95']:.1f})")
+    ours, *rivals = (ms["p50"] for ms in latency.values())
+    print(f"{'the last three together':30} {sum(rivals):6.1f} ms = {sum(rivals) / ours:.2f} × OneHead", flush=True)
     result = {"args": vars(args), "device": device_name(args.device), "torch": torch.__version__,
-              "parameters": sum(p.numel() for p in model.parameters()), "latency_ms": latency,
-              "rivals_over_ours": sum(rivals) / ours, "training": training, "peak_memory_gib": memory / 2**30}
-    print(f"{result['parameters']:,} parameters, peak memory {memory / 2**30:.2f} GiB, {result['device']}")
+              "parameters": sum(p.numel() for p in model.parameters()), "latency_ms": latency, "training": training,
+              "rivals_over_ours": sum(rivals) / ours, "peak_memory_gib": memory and memory / 2**30}
+    known = f"{memory / 2**30:.2f} GiB" if memory else "unknown"
+    print(f"{result['parameters']:,} parameters, peak memory while training {known}, {result['device']}")
     write_json(args.out, result)
     print(f"Wrote {args.out}")
     return result
 
 
+def peak_memory(device):
+    """The most bytes in use so far: on a GPU by tensors, else by the process; None where that is not counted."""
+    if "cuda" in device:
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def device_name(device):
-    return torch.cuda.get_device_name() if "cuda" in device else f"{device}, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name(device) if "cuda" in device else f"{device}, {torch.get_num_threads()} threads"
 
 
 def digest(*paths):

@@ -136,7 +136,7 @@ def normalise(images):
 
 
 def take(batch, index, device=None):
-    """The samples at `index`, a slice or a tensor of positions, of a batch (images, {name: column})."""
+    """The samples at `index`, a slice, list or tensor of positions, of a batch (images, {name: column})."""
     images, target = batch
     return images[index].to(device), {name: column[index].to(device) for name, column in target.items()}
 
@@ -146,8 +146,8 @@ def augment(images, target, zoom=(0.6, 1.4), aspect=1.3, colour=0.3, mask_stride
 
     images (B, 3, S, S) uint8 and the target of `MiniSet.batch` -> normalised images and their target. The window's
     side is zoom · S; where it leaves the image it shows the mean colour, and 255 in the mask. Boxes of which less than
-    a fifth stays visible get the label -1. Masks are read at every fourth pixel: the logits are coarser still, and
-    the window moves in every epoch. One pass over the whole batch, on the device that holds it.
+    a fifth, or less than 2 px a side, stays visible get the label -1. Masks are read at every fourth pixel: the logits
+    are coarser still, and the window moves in every epoch. One pass over the batch, on the device that holds it.
     """
     (b, _, size, _), device = images.shape, images.device
 
@@ -179,8 +179,9 @@ def augment(images, target, zoom=(0.6, 1.4), aspect=1.3, colour=0.3, mask_stride
         corners = (target["boxes"].unflatten(2, (2, 2)) / size - start[:, None, None]) / extent[:, None, None] * size
         whole = torch.cat([corners.amin(2), corners.amax(2)], 2)  # (B, M, 4)
         boxes = whole.clamp(0, size)
-        area, before = ((v[..., 2] - v[..., 0]) * (v[..., 3] - v[..., 1]) for v in (boxes, whole))  # (B, M)
-        return x, {"boxes": boxes, "labels": torch.where(area > before / 5, target["labels"], -1)}
+        (w, h), (w_whole, h_whole) = ((v[..., 2:] - v[..., :2]).unbind(2) for v in (boxes, whole))  # each (B, M)
+        seen = (w * h > w_whole * h_whole / 5) & (w >= 2) & (h >= 2)
+        return x, {"boxes": boxes, "labels": torch.where(seen, target["labels"], -1)}
     return x, target
 
 

@@ -2,6 +2,7 @@
 
     python train.py --strategy replay                         the whole challenge, on built-in shapes or on data/
     python train.py --eval runs/replay-seed0/model.pt --data DIR --tasks all          measures a saved model
+    python train.py --benchmark                               measures this machine
 """
 import argparse
 import hashlib
@@ -38,8 +39,8 @@ def parse(argv):
     add("--strategy", default="replay", help=f"remedy against forgetting: none, {', '.join(REMEDIES)}, or several "
         "joined with + (default: %(default)s)")
     add("--data", help="folder of the mini-sets, or 'shapes' (default: data/ if prepared, else shapes)")
-    add("--out", help="folder of this run, new or unfinished (default: runs/STRATEGY-seedN); with --eval the JSON file "
-        "to write (default: eval.json beside the model)")
+    add("--out", help="folder of this run, new or unfinished (default: runs/STRATEGY-seedN); with --eval or "
+        "--benchmark the JSON file to write (default: eval.json beside the model, benchmark.json)")
     add("--seed", type=int, default=0, help="fixes everything random (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu or cuda; auto takes CUDA where there is one (default: %(default)s)")
     add("--weights", help="initial weights: imagenet (torchvision's trunk), none, or a .pth/.pt file "
@@ -60,10 +61,11 @@ def parse(argv):
     add("--replay-weight", type=float, default=1.0, help="weight of a replayed task's loss (default: %(default)s)")
     add("--eval-every", type=int, default=0, help="epochs between measurements of all tasks, for display only "
         "(default: at the end of each stage)")
+    add("--tasks", nargs="+", choices=[*TASKS, "all"], default=["all"], help="with --eval: which (default: all)")
+    add = parser.add_mutually_exclusive_group().add_argument
     add("--eval", metavar="MODEL", help="measure this model.pt on the val split of --data instead of training")
     add("--benchmark", action="store_true", help="measure parameters, latency, training speed and memory on this "
-        "machine instead of training, and write them to --out (default: runs/benchmark.json)")
-    add("--tasks", nargs="+", choices=[*TASKS, "all"], default=["all"], help="with --eval: which (default: all)")
+        "machine instead of training")
     args = parser.parse_args(argv)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -74,6 +76,8 @@ def parse(argv):
     file = bool(args.eval or args.benchmark)
     if args.out and Path(args.out).exists() and Path(args.out).is_dir() == file:
         raise UserError(f"--out {args.out}: must be a {'file' if file else 'folder'}, but is not; name another.")
+    if args.eval and not Path(args.eval).is_file():
+        raise UserError(f"--eval {args.eval}: no such file; name the model.pt of a finished run.")
     args.data = find_data(args.data)
     if args.eval:
         return args
@@ -92,7 +96,7 @@ def parse(argv):
     for name in ("batch_size", "replay_batch"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1.")
-    args.out = args.out or ("runs/benchmark.json" if args.benchmark else f"runs/{args.strategy}-seed{args.seed}")
+    args.out = args.out or ("benchmark.json" if args.benchmark else f"runs/{args.strategy}-seed{args.seed}")
     if (Path(args.out) / "results.json").exists():
         raise UserError(f"--out {args.out}: holds a finished run; name another folder, or delete that one.")
     return args
@@ -201,9 +205,9 @@ def train_stage(model, task, samples, remedies, args, clock, title, measure=None
             finite += sums.isfinite().all()  # counts the steps before the first that was not, on the device
             if sys.stdout.isatty():
                 print(f"\r{title} epoch {epoch}/{epochs} step {(step - 1) % steps + 1}/{steps} ", end="", flush=True)
-        loss, penalty = (sums / steps).tolist()
-        if finite < steps:
-            names = ", ".join(str(samples.paths[i]) for i in batches[int(finite)].tolist())
+        loss, penalty = (sums / steps).tolist()  # the one place of an epoch that waits for a GPU
+        if finite < steps or scaler.get_scale() < 1:  # the scale shrinks with each gradient that overflows
+            names = ", ".join(str(samples.paths[i]) for i in batches[min(int(finite), steps - 1)].tolist())
             raise UserError(f"{title}: loss {loss}, penalty {penalty} in epoch {epoch}, first with the images {names}; "
                             f"lower --lr (now {args.lr[stage]}) or look at these images.")
         seconds, images = time.perf_counter() - start, images_per_epoch(args, len(samples), stage, remedies)
@@ -242,7 +246,7 @@ def single_task(task, args, file, samples, clock, measure):
 
 
 def trial_steps(task, samples, args):
-    """Training steps of a throw-away model, to be timed -> (images a step, a whole step, a bare one), two functions: the
+    """Training steps of a throw-away model, to be timed -> (images a step, whole step, bare step), two functions: the
     bare one is forward, loss, backward and update on a batch that is ready, the whole one prepares its own."""
     model = new_model(args).train()
     optimizer, scaler = make_optimizer(model, args)
@@ -255,6 +259,11 @@ def trial_steps(task, samples, args):
         bare(augment(*take(stored, torch.randperm(len(samples), device=args.device)[:args.batch_size])))
 
     return min(args.batch_size, len(samples)), whole, bare
+
+
+def seconds_per_image(args, samples):
+    images, step, _ = trial_steps("seg", samples, args)
+    return interleaved({"step": step}, 1, args.device)["step"][0] / 1000 / images
 
 
 def run(args):
@@ -275,8 +284,7 @@ def run(args):
     work = sum(args.epochs[s] * len(train[t]) for s, t in enumerate(TASKS) if not files[t].exists())
     work += sum(args.epochs[s] * images_per_epoch(args, len(train[t]), s, remedies) for s, t in enumerate(TASKS)
                 if s or args.bn == "live")
-    clock, (images, step, _) = Clock(work), trial_steps("seg", train["seg"], args)
-    seconds = statistics.median(interleaved({"step": step}, 1, args.device)["step"]) / 1000 / images * work
+    clock, seconds = Clock(work), work * seconds_per_image(args, train["seg"])
     print(f"{args.strategy} on {args.data} at {args.image_size} px, seed {args.seed}, {args.device}: {work:,} training "
           f"images, about {duration(seconds)}; results go to {out}", flush=True)
 
@@ -324,12 +332,15 @@ def run(args):
 def main(argv=None):
     """Runs the command line -> the results that it also writes as JSON. See `--help` for the flags."""
     args = parse(argv)
+    torch.backends.cudnn.benchmark = True  # few sizes of batches: let cuDNN measure which of its kernels is fastest
     try:
         if args.benchmark:
             steps = {t: trial_steps(t, MiniSet(args.data, t, "train", args.image_size), args) for t in TASKS}
             return benchmark(new_model(args), steps, args)
         return evaluate_saved(args) if args.eval else run(args)
     except KeyboardInterrupt:
+        if args.benchmark:
+            raise UserError("\nInterrupted; nothing was written.")
         saved = Path(args.out or "") / "model.pt"
         raise UserError("\nInterrupted. The same command starts again; baselines (and Stage 1) that were finished are "
                         "cached." + f" {saved} holds the model after the last finished stage." * saved.exists())

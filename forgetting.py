@@ -30,7 +30,7 @@ class Replay:
             return
         labels = {i: {*samples.labels(i)} for i in range(len(samples))}
         chosen = islice(draw(labels, random.Random(self.args.seed)), self.args.replay_images)
-        self.buffer[task] = take(samples.batch, list(chosen), self.args.device)
+        self.buffer[task] = take(samples.batch, torch.tensor([*chosen]), self.args.device)
 
     def penalty(self, model, device):
         loss = 0.0

@@ -400,6 +400,21 @@ def test_segmentation_loss_agrees_with_upsampled_cross_entropy():
     assert losses.seg_loss(logits, torch.full_like(mask, IGNORE)) == 0
 
 
+def test_outputs_come_from_their_levels():
+    torch.manual_seed(0)
+    model, images = OneHead().eval(), torch.randn(2, 3, 64, 96)
+    out = model(images)
+    maps = [model.head(level) for level in model.fpn(dict(enumerate(model.taps(images)))).values()]
+    sizes = [tuple(m.shape[2:]) for m in maps]
+    assert sizes == [(8, 12), (4, 6), (2, 3)]
+    logits = sum(F.interpolate(m[:, SEG], (8, 12), mode="bilinear") for m in maps)
+    torch.testing.assert_close(out["seg"], F.interpolate(logits, (64, 96), mode="bilinear"))
+    torch.testing.assert_close(out["det"][:, 96 + 7, 4], maps[1][:, DET][:, 4, 1, 1])  # row 1, column 1 of the second level
+    torch.testing.assert_close(out["cls"], maps[2][:, CLS].mean((2, 3)))
+    for task in TASKS:  # asked for alone, from as few levels as it needs
+        torch.testing.assert_close(model(images, (task,))[task], out[task])
+
+
 def test_untrained_confidence_is_the_prior():
     det = OneHead().eval()(torch.zeros(1, 3, 64, 64))["det"]
     assert det[..., 4].sigmoid().mean().item() == pytest.approx(0.01, rel=0.3)

@@ -535,21 +535,21 @@ def test_augmentation_moves_image_and_target_together():
     images = ((mask > 0) * red).repeat(40, 1, 1, 1)  # a red patch on black; outside of the image it is grey
     boxes = torch.tensor([20.0, 10, 50, 30]).repeat(40, 1, 1)
     torch.manual_seed(1)
-    x, target = augment(images, {"mask": mask.repeat(40, 1, 1)}, mask_stride=1)
+    x, target = augment(images, {"mask": mask.repeat(40, 1, 1)}, (0.6, 1.4), mask_stride=1)
     seen, shown = x[:, 0] - x[:, 1] > 1.5, target["mask"] == 7
     assert (seen != shown).float().mean((1, 2)).max() < 0.06  # bilinear against nearest borders
     assert not any(torch.equal(m, shown[0]) for m in shown[1:])  # a window for every image
     outside = x[(target["mask"] == IGNORE)[:, None].expand(x.shape)]
     assert len(outside) and (outside.abs() < 0.6).float().mean() > 0.9  # grey, but for a blend at the border
     torch.manual_seed(1)  # the same windows
-    y, target = augment(images, {"boxes": boxes, "labels": torch.full((40, 1), 3)})
+    y, target = augment(images, {"boxes": boxes, "labels": torch.full((40, 1), 3)}, (0.6, 1.4))
     assert torch.equal(x, y)
     for i, (box, label) in enumerate(zip(target["boxes"][:, 0], target["labels"][:, 0])):
         rows, columns = seen[i].nonzero().unbind(1)
         found = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
         assert label == 3 and (found - box).abs().max() < 3
     torch.manual_seed(1)
-    _, coarse = augment(images, {"mask": mask.repeat(40, 1, 1)}, mask_stride=4)
+    _, coarse = augment(images, {"mask": mask.repeat(40, 1, 1)}, (0.6, 1.4))
     near = F.avg_pool2d(shown[:, None].float(), 4)[:, 0]  # share of the class in each 4×4 block
     sure = (near == 0) | (near == 1)
     assert coarse["mask"].shape == (40, 16, 16) and torch.equal((coarse["mask"] == 7)[sure], near[sure] == 1)
@@ -877,7 +877,7 @@ def test_defaults_follow_the_data(tmp_path, monkeypatch, capsys):
         (tmp_path / "data" / folder).mkdir(parents=True)
     args = vars(train.parse(["--device", "cpu", "--lr", "0.5"]))
     assert args["data"] == "data" and args["lr"] == [0.5] * 3
-    assert {k: args[k] for k in ("weights", "image_size", "batch_size")} == dict(weights="imagenet", image_size=512, batch_size=8)
+    assert {k: args[k] for k in ("weights", "image_size", "batch_size")} == dict(weights="imagenet", image_size=320, batch_size=8)
     assert vars(train.parse(["--device", "cpu", "--data", "shapes"]))["data"] == train.SHAPES_DIR
 
 

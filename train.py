@@ -28,7 +28,7 @@ from model import OneHead, augment, load_weights, save_model, take
 # What depends on the data: drawn shapes are learned from scratch in minutes, photos from an ImageNet trunk.
 DEFAULTS = {"shapes": dict(weights="none", image_size=96, epochs=[22, 22, 16], lr=[2e-3, 2e-3, 1e-3], trunk_lr=1.0,
                            batch_size=16),
-            "photos": dict(weights="imagenet", image_size=512, epochs=[40, 40, 15], lr=[1e-3], trunk_lr=0.2,
+            "photos": dict(weights="imagenet", image_size=320, epochs=[40, 40, 15], lr=[1e-3], trunk_lr=0.2,
                            batch_size=8)}
 SHAPES_DIR = ".shapes/v1"  # drawn on first use
 
@@ -45,7 +45,7 @@ def parse(argv):
     add("--device", default="auto", help="auto, cpu or cuda; auto takes CUDA where there is one (default: %(default)s)")
     add("--weights", help="initial weights: imagenet (torchvision's trunk), none, or a .pth/.pt file "
         "(default: imagenet for photos, none for shapes)")
-    add("--image-size", type=int, help="pixels of the square images, a multiple of 32 (default: 96 shapes, 512 photos)")
+    add("--image-size", type=int, help="pixels of the square images, a multiple of 32 (default: 96 shapes, 320 photos)")
     add("--epochs", type=int, nargs="+", help="one value, or three for seg det cls "
         "(default: 22 22 16 for shapes, 40 40 15 for photos)")
     add("--lr", type=float, nargs="+", help="peak learning rate of neck and head, one value or three "

@@ -29,13 +29,12 @@ class OneHead(nn.Module):
     """MobileNetV3-Small + FPN + a two-layer head that emits segmentation, detection and classification.
 
     taps: indices of the trunk's blocks that feed the FPN, finest first. width: channels of neck and head.
-    levels: how many pyramid levels the head is applied to, finest first. OneHead((3, 6, 12), width=128, levels=1) is
-    the challenge's reference configuration with 1,605,582 parameters. Tapping block 8 instead of 6 (the last one at
-    stride 16, two blocks deeper) and three levels give large objects a coarse grid of their own; 96 channels take a
-    fifth off every step and every prediction, and learn as well.
+    levels: how many pyramid levels the head is applied to, finest first. OneHead((3, 6, 12), levels=1) is the
+    challenge's reference configuration with 1,605,582 parameters; tapping block 8 instead of 6 (the last one at
+    stride 16, two blocks deeper) and three levels give large objects a coarse grid of their own.
     """
 
-    def __init__(self, taps=(3, 8, 12), width=96, levels=3):
+    def __init__(self, taps=(3, 8, 12), width=128, levels=3):
         super().__init__()
         self.arch = {"taps": list(taps), "width": width, "levels": levels}
         self.features = mobilenet_v3_small(weights=None).features
@@ -74,7 +73,7 @@ class OneHead(nn.Module):
         maps = self.taps(images)  # (B, 24, H/8, W/8), (B, 48, H/16, W/16), (B, 576, H/32, W/32)
         if tuple(tasks) == ("cls",) and len(self.strides) == len(maps):
             maps = maps[-1:]  # the coarsest level does not depend on the finer ones
-        pyramid = self.fpn(dict(enumerate(maps))).values()  # the same sizes, 96 channels each
+        pyramid = self.fpn(dict(enumerate(maps))).values()  # the same sizes, 128 channels each
         maps = [self.head(level) for level in islice(pyramid, len(self.strides))]  # (B, 46, H/s, W/s) for each level
         out = {}
         if "seg" in tasks:

@@ -244,7 +244,7 @@ def test_drop_and_verdict_follow_the_rules():
 # ------------------------------------------------------------------------------------------------ oracles: losses
 
 def test_parameters_of_the_reference_configuration():
-    assert sum(p.numel() for p in OneHead((3, 6, 12), 128, levels=1).parameters()) == 1_605_582
+    assert sum(p.numel() for p in OneHead((3, 6, 12), levels=1).parameters()) == 1_605_582
     assert sum(p.numel() for p in OneHead().parameters()) < 8_000_000
 
 
@@ -844,7 +844,7 @@ def test_benchmark_measures_and_writes(shapes, tmp_path, capsys, monkeypatch):
     out = tmp_path / "benchmark.json"
     result = train.main(flags(shapes, out, "--benchmark"))
     assert json.loads(out.read_text()) == json.loads(json.dumps(result))
-    assert result["parameters"] == 1_326_126 and result["rivals_over_ours"] == (3 + 4 + 5) / 2
+    assert result["parameters"] == 1_606_606 and result["rivals_over_ours"] == [(3 + 4 + 5) / 2, (6 + 7 + 8) / 2]
     assert result["latency_ms"]["OneHead"] == {"p50": 2, "p95": pytest.approx(7.4)}
     assert result["training"]["det"] == {"images_per_s": 2000, "bare_images_per_s": pytest.approx(4000 / 3),
                                          "whole_over_bare": pytest.approx(2 / 3)}

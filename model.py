@@ -9,7 +9,6 @@ of the pyramid with the same weights, as FCOS and RetinaNet share theirs (arXiv:
 """
 import os
 from functools import cache
-from itertools import islice
 from math import log
 from pathlib import Path
 
@@ -63,9 +62,9 @@ class OneHead(nn.Module):
     def forward(self, images, tasks=("seg", "det", "cls"), upsample=True):
         """images (B, 3, H, W), normalised -> dict with the outputs of `tasks`.
 
-        seg: logits (B, 21, H, W), summed over the levels (as Panoptic FPN does with features, arXiv:1901.02446) and
-             upsampled to the input size; upsample=False leaves them at (B, 21, H/8, W/8) for those who upsample
-             to another size (the loss to the mask's, the metric to the original's).
+        seg: logits (B, 21, H, W) of the finest level, upsampled to the input size; upsample=False leaves them at
+             (B, 21, H/8, W/8) for those who upsample to another size (the loss to the mask's, the metric to the
+             original's).
         det: (B, N, 15) = cx, cy, w, h in input pixels, confidence logit, 10 class logits, one row per cell of
              every level (`locations` lists the cells in the same order).
         cls: logits (B, 10), the mean over the coarsest level, which stays closest to ImageNet's features.
@@ -73,12 +72,12 @@ class OneHead(nn.Module):
         maps = self.taps(images)  # (B, 24, H/8, W/8), (B, 48, H/16, W/16), (B, 576, H/32, W/32)
         if tuple(tasks) == ("cls",) and len(self.strides) == len(maps):
             maps = maps[-1:]  # the coarsest level does not depend on the finer ones
-        pyramid = self.fpn(dict(enumerate(maps))).values()  # the same sizes, 128 channels each
-        maps = [self.head(level) for level in islice(pyramid, len(self.strides))]  # (B, 46, H/s, W/s) for each level
+        levels = [*self.fpn(dict(enumerate(maps))).values()][:len(self.strides)]  # the same sizes, 128 channels each
+        used = levels if "det" in tasks else [levels[0]] * ("seg" in tasks) + [levels[-1]] * ("cls" in tasks)
+        maps = [self.head(level) for level in used]  # (B, 46, H/s, W/s) for each level
         out = {}
         if "seg" in tasks:
-            finest = maps[0].shape[-2:]
-            out["seg"] = sum(F.interpolate(m[:, SEG], finest, mode="bilinear") for m in maps)  # (B, 21, H/8, W/8)
+            out["seg"] = maps[0][:, SEG]  # (B, 21, H/8, W/8)
             if upsample:
                 out["seg"] = F.interpolate(out["seg"], images.shape[-2:], mode="bilinear")  # (B, 21, H, W)
         if "det" in tasks:

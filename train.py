@@ -54,7 +54,7 @@ def parse(argv):
     add("--batch-size", type=int, help="images of the current task a step (default: 16 shapes, 8 photos)")
     add("--weight-decay", type=float, default=0.01, help="AdamW's, on all but the output layer (default: %(default)s)")
     add("--bn", choices=["fixed", "live"], default="fixed", help="fixed: BatchNorm statistics are kept once learned; "
-        "live: they follow every stage's images, to show the harm (default: %(default)s)")
+        "live: they follow every stage's images, for comparison (default: %(default)s)")
     add("--replay-images", type=int, default=10, help="stored images per old task, 1 to 10 (default: %(default)s)")
     add("--replay-tasks", nargs="+", choices=TASKS, default=list(TASKS), help="old tasks to replay (default: all)")
     add("--replay-batch", type=int, default=4, help="stored images per old task a step (default: %(default)s)")

@@ -206,15 +206,16 @@ def decode(t, locations):
     return torch.cat([xy + t[..., :2] * stride, 4 * stride * t[..., 2:].clamp(-4, 4).exp()], -1)
 
 
-def detections(det, floor=0.01, iou=0.6, most=100):
+def detections(det, floor=0.01, candidates=2000, iou=0.6, most=100):
     """One image's rows (N, 15) -> boxes (K, 4) xyxy in input pixels, scores (K,) in (0, 1], labels (K,), best first.
 
-    score = sigmoid(confidence) · softmax(class). Every class of a row is a candidate; class-aware NMS. The floor
-    is low on purpose: a precision-recall curve needs its tail.
+    score = sigmoid(confidence) · softmax(class). Every class of a row is a candidate, the best 2,000 above the floor
+    go through class-aware NMS. The floor is low on purpose: a precision-recall curve needs its tail.
     """
     scores = det[:, 4:5].sigmoid() * det[:, 5:].softmax(1)  # (N, 10)
-    row, label = (scores > floor).nonzero(as_tuple=True)
-    boxes, scores = box_convert(det[row, :4], "cxcywh", "xyxy"), scores[row, label]
+    best, at = scores.flatten().topk(min(candidates, scores.numel()))  # NMS is quadratic in them
+    at, scores, classes = at[best > floor], best[best > floor], scores.shape[1]
+    boxes, label = box_convert(det[at // classes, :4], "cxcywh", "xyxy"), at % classes
     keep = batched_nms(boxes, scores, label, iou)[:most]
     return boxes[keep], scores[keep], label[keep]
 

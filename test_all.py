@@ -427,6 +427,10 @@ def test_detections_are_per_class_and_sorted():
     boxes, scores, labels = detections(det)
     assert labels.tolist() == [0, 2] and scores.tolist() == sorted(scores.tolist(), reverse=True)
     assert boxes[0].tolist() == [6, 6, 14, 14]
+    assert detections(det, candidates=1)[1].tolist() == scores[:1].tolist()
+    crowd = torch.rand(5000, 15) * 200
+    crowd[:, 4:] = torch.rand(5000, 11)
+    assert len(detections(crowd)[0]) == 100 and len(detections(crowd, candidates=50)[0]) <= 50
 
 
 # ------------------------------------------------------------------------------------------------ invariants: model

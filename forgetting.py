@@ -1,19 +1,50 @@
-"""Remedies against forgetting. Each is a small class of two methods, so that they add up and combine with `+`:
+"""Remedies against forgetting, each a small class. `--strategy` names one, or several joined with +.
 
-    remember(task, model, samples)   after the stage of `task`: keep what the later stages will need
-    penalty(model, device)           in each training step of a later stage: a scalar to add to its loss
+    acts on    class            what it adds to a step of a later stage
+    data       Replay, Joint    batches()                     old images beside the new ones
+    outputs    LwF              output_loss(images, out)      the previous model's answers, to be kept
+    weights    EWC              weight_loss(model, progress)  a spring that holds what old tasks need
+    weights    Freeze           nothing: what is shared stops to learn
+
+All of them get remember(task, model, samples) after the stage of `task`, if another stage follows.
 """
 import random
+from copy import deepcopy
 from itertools import islice
 
 import torch
+import torch.nn.functional as F
+from torchvision.ops import box_convert
 
-from data import UserError, draw
-from losses import task_loss
+from data import TASKS, UserError, draw
+from losses import giou_loss, task_loss
 from model import augment, take
 
 
-class Replay:
+class Remedy:
+    """What a remedy does where it does not say otherwise: nothing."""
+
+    outputs = ()  # the tasks whose outputs output_loss compares, on every image of a step
+
+    def __init__(self, args):
+        self.args = args
+
+    def remember(self, task, model, samples):
+        pass
+
+    def batches(self):
+        """Further batches of this step: [(task, images, target, weight of its loss)]."""
+        return []
+
+    def output_loss(self, images, out):
+        return 0.0
+
+    def weight_loss(self, model, progress):
+        """progress: the share of the stage that is done, in (0, 1]."""
+        return 0.0
+
+
+class Replay(Remedy):
     """Rehearsal from a buffer (Robins 1995, "Catastrophic forgetting, rehearsal and pseudorehearsal").
 
         L = L_new + weight · Σ_old L_old(images from the buffer)
@@ -23,31 +54,170 @@ class Replay:
     """
 
     def __init__(self, args):
-        self.args, self.buffer = args, {}
+        super().__init__(args)
+        self.buffer, self.keep, self.weight = {}, args.replay_images, args.replay_weight
+        self.sizes = {t: min(args.replay_batch, args.replay_images) for t in args.replay_tasks}  # images of a step
 
     def remember(self, task, model, samples):
-        if task not in self.args.replay_tasks:
+        if task not in self.sizes:
             return
         labels = {i: {*samples.labels(i)} for i in range(len(samples))}
-        chosen = islice(draw(labels, random.Random(self.args.seed)), self.args.replay_images)
+        chosen = islice(draw(labels, random.Random(self.args.seed)), self.keep)
         self.buffer[task] = take(samples.batch, torch.tensor([*chosen]), self.args.device)
 
-    def penalty(self, model, device):
-        loss = 0.0
-        for task, stored in self.buffer.items():
-            chosen = torch.randperm(len(stored[0]), device=device)[:self.args.replay_batch]
-            images, target = augment(*take(stored, chosen))
-            loss = loss + self.args.replay_weight * task_loss(model, task, images, target)
-        return loss
+    def batches(self):
+        return [(task, *augment(*take(stored, torch.randperm(len(stored[0]), device=self.args.device)[:self.sizes[task]])),
+                 self.weight) for task, stored in self.buffer.items()]
 
 
-REMEDIES = {"replay": Replay}
+class Joint(Replay):
+    """Not a remedy but the upper target: one stage over all tasks, each step with images of the three, from the whole
+    training sets. The shares of a step are those of the stages' epochs, so that each task's images are seen about as
+    often as in its own stage."""
+
+    def __init__(self, args):
+        super().__init__(args)
+        self.keep, self.weight = None, 1.0
+        self.sizes = {t: max(1, round(args.batch_size * n / args.epochs[0])) for t, n in zip(TASKS[1:], args.epochs[1:])}
 
 
-def build(strategy, args):
-    """"replay" or "none", or several joined with + -> list of remedies. Raises UserError for an unknown name."""
-    names = [] if strategy == "none" else strategy.split("+")
+class LwF(Remedy):
+    """Learning without Forgetting (Li & Hoiem 2016, arXiv:1606.09282, eq. 1-3; Hinton et al. 2015, arXiv:1503.02531).
+
+        L = L_new + weight · Σ_old D_old(outputs of the model before this stage, outputs now)
+
+    The teacher is the model as the last stage left it. It needs no stored image: both see the images of the new task,
+    and those that `replay` draws, if it takes part. D is KL for segmentation (the mean over the cells of stride 8) and
+    for classification, and for detection a sum over all cells, in which the teacher's confidence weighs box and class.
+    Nothing is asked of the new task's outputs, which the teacher never learned.
+    """
+
+    def __init__(self, args):
+        super().__init__(args)
+        self.teacher = None
+
+    def remember(self, task, model, samples):
+        self.outputs += (task,)
+        self.teacher = deepcopy(model).eval().requires_grad_(False)
+
+    def divergence(self, logits, taught, dim):
+        """T² · KL(teacher ‖ student) of logits softened by the temperature T, over `dim` (Hinton, section 2.1)."""
+        t = self.args.lwf_temperature
+        now, then = (logits / t).log_softmax(dim), (taught / t).log_softmax(dim)
+        return t * t * (then.exp() * (then - now)).sum(dim)
+
+    def distance(self, task, out, taught):
+        """D of one task, >= 0, and 0 where `out` = `taught`: both (B, 21, h, w), (B, N, 15) or (B, 10)."""
+        if task != "det":
+            return self.divergence(out, taught, 1).mean()
+        (now, then), confidence = (v[..., 4] for v in (out, taught)), taught[..., 4].sigmoid()  # each (B, N)
+        kept = F.binary_cross_entropy_with_logits(now, confidence, reduction="none")
+        kept = kept - F.binary_cross_entropy_with_logits(then, confidence, reduction="none")  # less the entropy: KL
+        boxes = giou_loss(*(box_convert(v[..., :4], "cxcywh", "xyxy") for v in (out, taught)))  # (B, N)
+        classes = self.divergence(out[..., 5:], taught[..., 5:], 2)  # (B, N)
+        return (kept + confidence * (2 * boxes + classes)).sum() / confidence.sum().clamp(min=1)
+
+    def output_loss(self, images, out):
+        if not self.outputs:
+            return 0.0
+        with torch.no_grad():
+            taught = self.teacher(images, self.outputs, upsample=False)
+        return self.args.lwf_weight * sum(self.distance(t, out[t].float(), taught[t].float()) for t in self.outputs)
+
+
+class EWC(Remedy):
+    """Elastic Weight Consolidation (Kirkpatrick et al. 2017, arXiv:1612.00796, eq. 3), one term for each old task.
+
+        L = L_new + Σ_old λ/2 Σ_i F_i (θ_i - θ*_i)²       F_i = 1/n Σ_n (∂L_old(image n) / ∂θ_i)²
+
+    θ* are the weights at the end of the old task's stage, F the diagonal of its empirical Fisher information: squared
+    gradients of one training image at a time (a square of a mean over images would be another thing), at its true
+    labels, in eval mode. An image counts as one observation with the task's own loss as its negative log-likelihood: the
+    mean over pixels, or over objects, as neighbouring pixels are far from independent. So the three tasks' F differ
+    in scale, and so do the λ: one value, or three for (Stage 2: seg), (Stage 3: seg), (Stage 3: det).
+    """
+
+    def __init__(self, args):
+        super().__init__(args)
+        self.terms = []  # of each old task: F and θ*, all parameters in one vector
+
+    def remember(self, task, model, samples):
+        parameters, stored = list(model.parameters()), take(samples.batch, slice(None), self.args.device)
+        training, fisher = model.training, torch.zeros_like(flat(parameters))
+        model.eval()
+        for i in range(len(samples)):
+            images, target = augment(*take(stored, slice(i, i + 1)))
+            loss = task_loss(task, model(images, (task,), upsample=False), target, model.locations(images))
+            model.zero_grad()
+            loss.backward()
+            fisher += flat(torch.zeros_like(p) if p.grad is None else p.grad for p in parameters).square() / len(samples)
+        model.zero_grad()
+        model.train(training)
+        self.terms.append((fisher, flat(parameters).detach()))
+
+    def weight_loss(self, model, progress):
+        if not self.terms:
+            return 0.0
+        now, lambdas = flat(model.parameters()), self.args.ewc_lambda[len(self.terms) - 1:]  # Stage 2: [0], 3: [1, 2]
+        ramp = progress if self.args.ewc_ramp else 1.0
+        return ramp * sum(l / 2 * (fisher * (now - then).square()).sum() for l, (fisher, then) in zip(lambdas, self.terms))
+
+
+def flat(tensors):
+    return torch.cat([t.reshape(-1) for t in tensors])
+
+
+class Freeze(Remedy):
+    """After Stage 1 trunk, or trunk and neck, learn no more, and their BatchNorm statistics stay as they are, under
+    `--bn live` too: weights that are frozen below statistics that move protect nothing."""
+
+    def remember(self, task, model, samples):
+        parts = ("features.", "fpn.")[:1 + (self.args.freeze == "neck")]
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not name.startswith(parts))
+        model.fix_batchnorm({name for name in model.batchnorms() if name.startswith(parts)})
+
+
+REMEDIES = {"replay": Replay, "lwf": LwF, "ewc": EWC, "freeze": Freeze}
+
+
+def add_flags(add):
+    """The flags that baselines do not see. `add`: an ArgumentParser's add_argument."""
+    add("--shared-lr", type=float, default=1.0, help="the share of --lr that is left to trunk, neck and the head's first "
+        "layer in Stages 2 and 3 (default: %(default)s)")
+    add("--replay-images", type=int, default=10, help="stored images per old task, 1 to 10 (default: %(default)s)")
+    add("--replay-tasks", nargs="+", choices=TASKS, default=list(TASKS), help="old tasks to replay (default: all)")
+    add("--replay-batch", type=int, default=4, help="stored images per old task a step (default: %(default)s)")
+    add("--replay-weight", type=float, default=1.0, help="weight of a replayed task's loss (default: %(default)s)")
+    add("--lwf-weight", type=float, default=1.0, help="weight of the distance to the previous model's outputs "
+        "(default: %(default)s)")
+    add("--lwf-temperature", type=float, default=2.0, help="softens the outputs that are compared (default: %(default)s)")
+    add("--ewc-lambda", type=float, nargs="+", default=[100.0], help="weight of EWC's terms: one value, or three for "
+        "segmentation in Stage 2, segmentation in Stage 3, detection in Stage 3 (default: 100)")
+    add("--ewc-ramp", action="store_true", help="let EWC's weight grow from 0 to its full value within each stage")
+    add("--freeze", choices=["trunk", "neck"], default="trunk", help="what `freeze` holds after Stage 1: the trunk, or "
+        "trunk and neck (default: %(default)s)")
+
+
+def build(args):
+    """The remedies of `--strategy`: "none", "joint", or names joined with +, as in "replay+lwf" -> list of objects.
+
+    Raises UserError for an unknown name, and for flags of theirs that are out of range.
+    """
+    if not 1 <= args.replay_images <= 10:
+        raise UserError(f"--replay-images {args.replay_images}: the rules allow at most 10 stored images per old task.")
+    if args.replay_batch < 1:
+        raise UserError(f"--replay-batch {args.replay_batch}: must be at least 1.")
+    if args.lwf_temperature <= 0:
+        raise UserError(f"--lwf-temperature {args.lwf_temperature}: must be above 0.")
+    if len(args.ewc_lambda) not in (1, 3) or min(args.ewc_lambda) < 0:
+        raise UserError(f"--ewc-lambda {args.ewc_lambda}: give one value, or three, none below 0.")
+    args.ewc_lambda = args.ewc_lambda * (3 // len(args.ewc_lambda))
+    if args.strategy == "joint":
+        return [Joint(args)]
+    names = [] if args.strategy == "none" else args.strategy.split("+")
     for name in names:
-        if name not in REMEDIES:
-            raise UserError(f"--strategy {strategy}: unknown remedy '{name}'; choose none or {', '.join(REMEDIES)}.")
+        if name not in REMEDIES or names.count(name) > 1:
+            raise UserError(f"--strategy {args.strategy}: '{name}' is unknown, repeated or not to be joined; choose none, "
+                            f"joint, or any of {', '.join(REMEDIES)} joined with +.")
     return [REMEDIES[name](args) for name in names]

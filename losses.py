@@ -81,11 +81,12 @@ def det_loss(det, target, locations):
     return (2 * (box_loss * positive).sum() + class_loss + confidence_loss) / positive.sum().clamp(min=1)
 
 
-def task_loss(model, task, images, target):
-    """The loss of one task on normalised images (B, 3, H, W) and the target of `model.augment` -> scalar."""
-    out = model(images, (task,), upsample=False)[task].float()
+def task_loss(task, out, target, locations):
+    """The loss of one task -> scalar. out: what the model says, not upsampled, target: that of `model.augment`,
+    locations: the cells of the images, see `OneHead.locations`."""
+    out = out[task].float()
     if task == "seg":
         return seg_loss(out, target["mask"])
     if task == "det":
-        return det_loss(out, target, model.locations(images))
+        return det_loss(out, target, locations)
     return F.cross_entropy(out, target["labels"][:, 0])

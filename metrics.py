@@ -128,6 +128,24 @@ def evaluate_saved(args):
     return result
 
 
+class Clock:
+    """Time left, from the training images still to come at the speed of those seen so far."""
+
+    def __init__(self, images):
+        self.images, self.seen, self.seconds = images, 0, 0.0
+
+    def tick(self, images, seconds):
+        self.seen, self.seconds = self.seen + images, self.seconds + seconds
+
+    def left(self):
+        return duration(self.seconds / max(1, self.seen) * max(0, self.images - self.seen))
+
+
+def duration(seconds):
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
 def interleaved(calls, runs, device):
     """Calls every one of {name: function} in turn, `runs` times after 3 to warm up -> {name: [milliseconds]}. In turn,
     because a machine's other work then slows all of them alike: compare ratios, not times of different minutes."""
@@ -173,16 +191,18 @@ def latencies(model, device, runs=20, rivals=False, size=512):
 def benchmark(model, steps, args):
     """Measures size and speed on this machine -> the dict that it prints and writes to args.out.
 
-    steps: {task: (images a step, a whole training step, a bare one)}, see `train.trial_steps`. Medians of 20 rounds.
+    steps: {task: (images a step, {"whole", "bare", "strategy": a training step}, seconds that the remedies took to
+    remember the earlier tasks)}, see `train.trial_steps`. Medians of 20 rounds.
     """
     training = {}
-    for task, (images, whole, bare) in steps.items():
-        times = interleaved({"whole": whole, "bare": bare}, 20, args.device)
-        ms = {name: statistics.median(values) for name, values in times.items()}
+    for task, (images, calls, seconds) in steps.items():
+        ms = {name: statistics.median(times) for name, times in interleaved(calls, 20, args.device).items()}
         training[task] = {"images_per_s": 1000 * images / ms["whole"], "bare_images_per_s": 1000 * images / ms["bare"],
-                          "whole_over_bare": ms["whole"] / ms["bare"]}
+                          "whole_over_bare": ms["whole"] / ms["bare"],
+                          "strategy_over_whole": ms["strategy"] / ms["whole"], "remember_s": seconds}
         print(f"training {task} {training[task]['images_per_s']:7.1f} images/s at {args.image_size} px, "
-              f"{ms['whole'] / ms['bare']:.3f} × the time of bare steps", flush=True)
+              f"{ms['whole'] / ms['bare']:.3f} × the time of bare steps; {args.strategy}: × "
+              f"{ms['strategy'] / ms['whole']:.3f}, and {seconds:.1f} s to remember", flush=True)
     memory = peak_memory(args.device)
     latency = {name: dict(zip(("p50", "p95"), np.percentile(ms, (50, 95)).tolist()))
                for name, ms in latencies(model, args.device, rivals=True).items()}
@@ -238,14 +258,24 @@ def drop(task, reference, final):
 
 
 def judge(results):
-    """Adds `drop`, `drop_own`, `verdict` and `bonus` to a run's results, by the rules of the challenge.
+    """Adds `own`, `drop`, `drop_own`, `verdict` and `bonus` to a run's results, by the rules of the challenge.
 
-    drop compares with the single-task baseline, drop_own with the score right after the task's own stage; a task
-    passes if both are at most 5 %. The bonus is every final score at or above its baseline.
+    own is the score right after the task's own stage. drop compares with the single-task baseline, drop_own with own; a
+    task passes if both are at most 5 %. The bonus is every final score at or above its baseline.
+
+    And `continual`, the literature's measures of the matrix R[stage, task], in units of the scores: ACC, the mean of the
+    final scores; BWT, backward transfer, the mean of R[last, j] - R[j, j] over the tasks j before the last (Lopez-Paz &
+    Ranzato 2017, arXiv:1706.08840, section 2); forgetting, the mean of max_l R[l, j] - R[last, j] over the same tasks
+    and the stages l before the last (Chaudhry et al. 2018, arXiv:1801.10112, eq. 3). Joint training has one stage, no R.
     """
     final, baseline, matrix = results["final"], results["baseline"], results["matrix"]
+    results["own"] = own = {t: matrix[min(stage, len(matrix) - 1)][t] for stage, t in enumerate(TASKS)}
     results["drop"] = {t: drop(t, baseline[t], final[t]) for t in TASKS}
-    results["drop_own"] = {t: drop(t, matrix[stage][t], final[t]) for stage, t in enumerate(TASKS)}
+    results["drop_own"] = {t: drop(t, own[t], final[t]) for t in TASKS}
+    results["continual"] = {"ACC": statistics.mean(final.values()), "BWT": None, "forgetting": None}
+    if len(matrix) > 1:
+        results["continual"]["BWT"] = statistics.mean(final[t] - own[t] for t in TASKS[:-1])
+        results["continual"]["forgetting"] = statistics.mean(max(r[t] for r in matrix[:-1]) - final[t] for t in TASKS[:-1])
     verdict = {t: all(d is not None and d <= MAX_DROP + 1e-9 for d in (results["drop"][t], results["drop_own"][t]))
                for t in TASKS}
     verdict |= {"params": results["params"] < MAX_PARAMS, "latency": results["latency_ms"] <= MAX_LATENCY_MS,
@@ -261,8 +291,8 @@ def percent(value):
 def show(results):
     """The run's table as text: per task baseline, after own stage, final, both drops, PASS or FAIL."""
     rows = ["task  metric  baseline  own stage    final      drop  drop_own"]
-    for stage, t in enumerate(TASKS):
-        rows.append(f"{t:5} {NAMES[t]:7} {results['baseline'][t]:8.3f} {results['matrix'][stage][t]:10.3f} "
+    for t in TASKS:
+        rows.append(f"{t:5} {NAMES[t]:7} {results['baseline'][t]:8.3f} {results['own'][t]:10.3f} "
                     f"{results['final'][t]:8.3f} {percent(results['drop'][t]):>9} {percent(results['drop_own'][t]):>9} "
                     f"{'PASS' if results['verdict'][t] else 'FAIL'}")
     state = {key: "PASS" if ok else "FAIL" for key, ok in results["verdict"].items()}
@@ -274,34 +304,37 @@ def show(results):
 
 def compare(folders):
     """Runs -> a Markdown table: a row per strategy, mean ± std over its seeds. Runs that differ in more than the seed
-    stand in rows of their own, which name the arguments that differ."""
+    stand in rows of their own, which name the arguments that are not those of most rows."""
     groups = {}
     for folder in folders:
         try:
             results = json.loads((Path(folder) / "results.json").read_text())
-            args = {k: v for k, v in results["args"].items() if k not in ("seed", "out", "data", "eval_every")}
+            judge(results)
+            args = {k: v for k, v in results["args"].items() if k not in ("seed", "seeds", "out", "data", "eval_every")}
             groups.setdefault(json.dumps([args, results["data"]["sha256"]]), {})[results["args"]["seed"]] = results
         except (OSError, ValueError, KeyError) as e:
             print(f"skipped {folder}: no finished run ({type(e).__name__})", file=sys.stderr)
     settings = [json.loads(key)[0] for key in groups]
-    varying = [k for k in (settings[0] if settings else ()) if any(s.get(k) != settings[0][k] for s in settings)]
+    usual = {k: statistics.mode(str(s.get(k)) for s in settings) for k in (settings[0] if settings else ())}
 
-    def cell(values, style):
+    def cell(values, style, missing="–"):
         known = [v for v in values if v is not None]
         if not known:
-            return "not learned"
+            return missing
         spread = f" ± {format(statistics.stdev(known), style.lstrip('+'))}" if len(known) > 1 else ""
         return format(statistics.mean(known), style) + spread
 
     columns = [f"{NAMES[t]} {what}" for t in TASKS for what in ("baseline", "final", "drop")]
-    head = ["strategy", "seeds", *columns, "pass"]
+    head = ["strategy", "seeds", *columns, "ACC", "BWT", "forgetting", "pass"]
     lines = [head, ["---"] * len(head)]
     for args, runs in zip(settings, map(list, map(dict.values, groups.values()))):
-        row = [", ".join([args["strategy"], *(f"{k} {args.get(k)}" for k in varying if k != "strategy")])]
+        row = [", ".join([args["strategy"], *(f"{k} {args.get(k)}" for k in usual
+                                              if k != "strategy" and str(args.get(k)) != usual[k])])]
         row.append(str(len(runs)))
         for t in TASKS:
             row += [cell([r["baseline"][t] for r in runs], ".3f"), cell([r["final"][t] for r in runs], ".3f"),
-                    cell([r["drop"][t] for r in runs], "+.1%")]
+                    cell([r["drop"][t] for r in runs], "+.1%", "not learned")]
+        row += [cell([r["continual"][k] for r in runs], style) for k, style in zip(head[-4:-1], (".3f", "+.3f", "+.3f"))]
         lines.append(row + [f"{sum(r['verdict']['all'] for r in runs)}/{len(runs)}"])
     if len(lines) == 2:
         raise UserError("No finished run among the folders; pass run folders that hold a results.json, as in runs/*.")

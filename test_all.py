@@ -374,20 +374,24 @@ class Waits(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
+def loss_of(model, task, images, target):
+    return losses.task_loss(task, model(images, (task,), upsample=False), target, model.locations(images))
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_a_step_does_not_wait_for_a_gpu_and_works_in_half_precision(shapes, task):
     batch, model = MiniSet(shapes, task, "train", 64).batch, OneHead()
     augment(*take(batch, slice(4)))  # sends the constants
     with Waits() as waits:
         images, target = augment(*take(batch, torch.arange(4)))
-        loss = losses.task_loss(model, task, images, target)
+        loss = loss_of(model, task, images, target)
         loss.backward()
     assert waits.found == set()
     with Waits() as waits:
         images[images > 0].sum().item()
     assert len(waits.found) == 2  # it does notice
     with torch.autocast("cpu", torch.bfloat16):
-        half = losses.task_loss(model, task, images, target)
+        half = loss_of(model, task, images, target)
     assert half.dtype == torch.float32 and half.item() == pytest.approx(loss.item(), rel=0.05)
 
 
@@ -438,11 +442,13 @@ def test_detections_are_per_class_and_sorted():
 def settings(**more):
     return SimpleNamespace(**{**dict(seed=0, weights="none", device="cpu", image_size=64, epochs=[1, 1, 1], lr=[1e-3] * 3,
                                      trunk_lr=1.0, batch_size=4, weight_decay=0.1, eval_every=0, replay_images=10,
-                                     replay_batch=2, replay_weight=1.0, replay_tasks=list(TASKS)), **more})
+                                     replay_batch=2, replay_weight=1.0, replay_tasks=list(TASKS), strategy="none",
+                                     lwf_weight=1.0, lwf_temperature=2.0, ewc_lambda=[1.0, 1.0, 1.0], ewc_ramp=False,
+                                     freeze="trunk"), **more})
 
 
 def one_stage(model, task, shapes, remedies=()):
-    return train.train_stage(model, task, MiniSet(shapes, task, "train", 64), remedies, settings(), train.Clock(1), task)
+    return train.train_stage(model, task, MiniSet(shapes, task, "train", 64), remedies, settings(), metrics.Clock(1), task)
 
 
 def buffers(model):
@@ -788,12 +794,124 @@ def test_replay_buffer_size_cover_and_constancy(shapes):
     before = images.clone()
     replay.remember("cls", model, MiniSet(shapes, "cls", "train", 64))
     for _ in range(3):
-        assert replay.penalty(model, "cpu").requires_grad
+        assert [(t, len(images), weight) for t, images, _, weight in replay.batches()] == [("det", 2, 1.0), ("cls", 2, 1.0)]
     assert replay.buffer["det"][0] is images and torch.equal(before, images)
     assert all((samples.batch[0] == image).flatten(1).all(1).any() for image in images)  # un-augmented
     only = forgetting.Replay(settings(replay_tasks=["seg"]))
     only.remember("det", model, samples)
-    assert only.buffer == {} and only.penalty(model, "cpu") == 0
+    assert only.buffer == {} and only.batches() == []
+
+
+def step_batches(shapes, task, n=4):
+    return augment(*take(MiniSet(shapes, task, "train", 64).batch, slice(n)))
+
+
+def trained(shapes, task="seg"):
+    """A model after a stage, whose BatchNorm layers are fixed, as a remedy meets it."""
+    model = train.new_model(settings())
+    one_stage(model, task, shapes)
+    model.fix_batchnorm()
+    return model
+
+
+def test_fisher_is_that_of_a_loop_over_single_images_and_the_penalty_that_of_a_known_displacement(shapes):
+    model, samples = trained(shapes), MiniSet(shapes, "det", "train", 64)
+    ewc = forgetting.EWC(settings(ewc_lambda=[3.0, 5.0, 7.0]))
+    assert ewc.weight_loss(model, 1) == 0
+    torch.manual_seed(5)
+    ewc.remember("det", model, samples)
+    torch.manual_seed(5)
+    expected, model = {name: 0 for name, _ in model.named_parameters()}, model.eval()
+    for i in range(len(samples)):
+        images, target = augment(*take(samples.batch, slice(i, i + 1)))
+        model.zero_grad()
+        losses.det_loss(model(images)["det"], target, model.locations(images)).backward()
+        for name, p in model.named_parameters():
+            expected[name] = expected[name] + (0 if p.grad is None else p.grad ** 2) / len(samples)
+    by_hand = expected["head.0.bias"].sum().item() * 0.1 ** 2 / 2
+    expected = torch.cat([(torch.zeros_like(p) + expected[name]).flatten() for name, p in model.named_parameters()])
+    torch.testing.assert_close(ewc.terms[0][0], expected, rtol=1e-3, atol=1e-9)
+    assert expected.count_nonzero() > 100_000 and ewc.weight_loss(model, 1) == 0  # at the anchor
+    with torch.no_grad():
+        model.head[0].bias += 0.1
+    assert ewc.weight_loss(model, 1).item() == pytest.approx(3 * by_hand, rel=1e-3) != 0
+    ewc.args.ewc_ramp = True
+    assert ewc.weight_loss(model, 0.25).item() == pytest.approx(0.25 * 3 * by_hand, rel=1e-3)
+    first = ewc.terms[0]
+    ewc.remember("seg", model, MiniSet(shapes, "seg", "train", 64))  # a second term beside the first one
+    assert ewc.terms[0] is first and ewc.weight_loss(model, 1).item() == pytest.approx(5 * by_hand, rel=1e-3)
+    rows = torch.autograd.grad(ewc.weight_loss(model, 1), model.head[2].weight)[0]
+    assert rows[CLS].count_nonzero() == 0
+
+
+def test_distillation_is_zero_for_an_equal_student_and_reaches_neither_teacher_nor_new_rows(shapes):
+    model = trained(shapes)
+    lwf = forgetting.LwF(settings())
+    images, _ = step_batches(shapes, "cls")
+    assert lwf.output_loss(images, model(images)) == 0
+    lwf.remember("seg", model, None)
+    lwf.remember("det", model, None)
+    out = model(images, upsample=False)
+    assert lwf.outputs == ("seg", "det") and abs(lwf.output_loss(images, out).item()) < 1e-4
+    before = {k: v.clone() for k, v in lwf.teacher.state_dict().items()}
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.02 * torch.randn_like(p)
+    loss = lwf.output_loss(images, model(images, upsample=False))
+    loss.backward()
+    assert loss > 0.01 and model.head[0].weight.grad.abs().max() > 0
+    rows = model.head[2].weight.grad
+    assert rows[CLS].count_nonzero() == 0 and rows[SEG].count_nonzero() and rows[DET].count_nonzero()
+    assert not lwf.teacher.training and all(p.grad is None for p in lwf.teacher.parameters())
+    assert all(torch.equal(before[k], v) for k, v in lwf.teacher.state_dict().items())
+
+
+def test_divergences_by_hand():
+    lwf = forgetting.LwF(settings(lwf_temperature=1.0))
+    taught, now = torch.tensor([[0.2, 0.8]]).log(), torch.tensor([[0.5, 0.5]]).log()
+    kl = 0.2 * np.log(0.2 / 0.5) + 0.8 * np.log(0.8 / 0.5)
+    assert lwf.distance("cls", now, taught).item() == pytest.approx(kl, rel=1e-5)
+    assert lwf.distance("seg", now[..., None, None], taught[..., None, None]).item() == pytest.approx(kl, rel=1e-5)
+    lwf.args.lwf_temperature = 2.0
+    soft = taught.div(2).softmax(1)[0]
+    assert lwf.distance("cls", now, taught).item() == pytest.approx(4 * (soft * (2 * soft).log()).sum().item(), rel=1e-5)
+    cell = torch.tensor([8.0, 8, 4, 4, 20, *[0] * 10])  # confidence 1
+    other = cell.clone()
+    other[:2] = 10
+    giou = generalized_box_iou_loss(torch.tensor([6.0, 6, 10, 10]), torch.tensor([8.0, 8, 12, 12]))
+    assert lwf.distance("det", other.view(1, 1, 15), cell.view(1, 1, 15)).item() == pytest.approx(2 * giou.item(), rel=1e-4)
+    doubt = cell.clone()
+    doubt[4] = 0
+    assert lwf.distance("det", doubt.view(1, 1, 15), cell.view(1, 1, 15)).item() == pytest.approx(np.log(2), rel=1e-4)
+
+
+@pytest.mark.parametrize("extent", ["trunk", "neck"])
+def test_freeze_leaves_trunk_and_its_batchnorm_bit_identical(shapes, extent):
+    model = train.new_model(settings())
+    one_stage(model, "seg", shapes)  # its BatchNorm layers are live still
+    forgetting.Freeze(settings(freeze=extent)).remember("seg", model, None)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    one_stage(model, "det", shapes)
+    same = {k for k, v in model.state_dict().items() if torch.equal(before[k], v)}
+    trunk, neck = ({k for k in before if k.startswith(part)} for part in ("features.", "fpn."))
+    assert trunk <= same and any("running_mean" in k for k in trunk)
+    assert (neck <= same) == (extent == "neck") and "head.0.weight" not in same
+
+
+def test_joint_training_shows_every_task_as_often_as_its_stage(shapes):
+    joint = forgetting.Joint(settings(batch_size=8, epochs=[40, 20, 15]))
+    for task in ("det", "cls"):
+        joint.remember(task, None, MiniSet(shapes, task, "train", 64))
+    assert [(task, len(images), weight) for task, images, _, weight in joint.batches()] == [("det", 4, 1.0), ("cls", 3, 1.0)]
+    assert all(len(images) == 20 for images, _ in joint.buffer.values())
+
+
+def test_slower_shared_layers_leave_the_output_layer_at_full_speed():
+    model = OneHead()
+    groups = train.make_optimizer(model, settings(trunk_lr=0.2), 0.1)[0].param_groups
+    rates = {id(p): g["share"] for g in groups for p in g["params"]}
+    for name, p in model.named_parameters():
+        assert rates[id(p)] == pytest.approx(1 if name.startswith("head.2") else 0.02 if name.startswith("feat") else 0.1)
 
 
 # ------------------------------------------------------------------------------------------------------- whole runs
@@ -849,8 +967,9 @@ def test_benchmark_measures_and_writes(shapes, tmp_path, capsys, monkeypatch):
     assert json.loads(out.read_text()) == json.loads(json.dumps(result))
     assert result["parameters"] == 1_606_606 and result["rivals_over_ours"] == [(3 + 4 + 5) / 2, (6 + 7 + 8) / 2]
     assert result["latency_ms"]["OneHead"] == {"p50": 2, "p95": pytest.approx(7.4)}
+    assert result["training"]["det"].pop("remember_s") > 0
     assert result["training"]["det"] == {"images_per_s": 2000, "bare_images_per_s": pytest.approx(4000 / 3),
-                                         "whole_over_bare": pytest.approx(2 / 3)}
+                                         "whole_over_bare": pytest.approx(2 / 3), "strategy_over_whole": 2}
     with pytest.raises(SystemExit):
         train.main(["--benchmark", "--eval", "x"])
 
@@ -864,7 +983,7 @@ def test_timing_takes_turns():
 def test_stage_one_is_its_own_baseline(shapes, finished):
     args = settings(**{k: v for k, v in finished[1]["args"].items() if k != "out"})
     model, samples = train.new_model(args), MiniSet(shapes, "seg", "train", 64)
-    train.train_stage(model, "seg", samples, [], args, train.Clock(1), "again")
+    train.train_stage(model, "seg", samples, [], args, metrics.Clock(1), "again")
     val = MiniSet(shapes, "seg", "val", 64)
     assert metrics.evaluate(model, {"seg": val}, "cpu")["seg"] == finished[1]["baseline"]["seg"]
 
@@ -892,14 +1011,18 @@ def test_same_seed_same_numbers_and_another_seed_others(shapes, finished, tmp_pa
     assert train.main(flags(shapes, tmp_path / "other", "--seed", "1"))["history"][0]["loss"] != again["history"][0]["loss"]
 
 
-@pytest.mark.parametrize("strategy", ["none", "replay"])
-@pytest.mark.parametrize("bn", ["fixed", "live"])
+@pytest.mark.parametrize("strategy, bn", [("none", "fixed"), ("none", "live"), ("replay", "live"), ("ewc", "fixed"),
+                                          ("lwf", "fixed"), ("freeze", "live"), ("replay+lwf", "fixed"),
+                                          ("ewc+freeze+replay", "fixed"), ("joint", "fixed")])
 def test_every_strategy_runs_and_shares_the_baselines(shapes, finished, strategy, bn, capsys):
     out = finished[0].parent / f"{strategy}-{bn}"
     results = train.main(flags(shapes, out, "--strategy", strategy, "--bn", bn))
     assert results["baseline"] == finished[1]["baseline"] and "baseline det epoch" not in capsys.readouterr().out
     penalties = [h["penalty"] for h in results["history"]]
-    assert penalties[0] == 0 and all((p > 0) == (strategy == "replay") for p in penalties[1:])
+    assert len(penalties) == len(results["matrix"]) == (1 if strategy == "joint" else 3)
+    assert (penalties[0] > 0) == (strategy == "joint")
+    assert all((p > 0) == (strategy not in ("none", "freeze")) for p in penalties[1:])
+    assert results["verdict"] and all((results["continual"][k] is None) == (strategy == "joint") for k in ("BWT", "forgetting"))
 
 
 def test_compare_prints_a_row_per_strategy(shapes, finished, tmp_path):
@@ -910,13 +1033,38 @@ def test_compare_prints_a_row_per_strategy(shapes, finished, tmp_path):
     third = tmp_path / "fewer"
     train.main(flags(shapes, third, "--replay-images", "3"))
     lines = metrics.compare([finished[0], second, third]).splitlines()
-    assert [line.split(" |")[:2] for line in lines[2:]] == [["| replay, replay_images 10", " 2"],
+    assert [line.split(" |")[:2] for line in lines[2:]] == [["| replay", " 2"],
                                                             ["| replay, replay_images 3", " 1"]]
+
+
+def test_continual_measures_by_hand():
+    results = {"baseline": {"seg": 0.5, "det": 0.2, "cls": 0.9}, "params": 10, "latency_ms": 10, "seconds": {"stages": 1},
+               "matrix": [{"seg": 0.5, "det": 0.0, "cls": 0.1}, {"seg": 0.6, "det": 0.3, "cls": 0.1},
+                          {"seg": 0.4, "det": 0.2, "cls": 0.9}]}
+    results["final"] = results["matrix"][2]
+    metrics.judge(results)
+    assert results["continual"] == pytest.approx({"ACC": 0.5, "BWT": (-0.1 - 0.1) / 2, "forgetting": (0.2 + 0.1) / 2})
+    results["matrix"] = results["matrix"][2:]
+    metrics.judge(results)
+    assert results["continual"] == {"ACC": pytest.approx(0.5), "BWT": None, "forgetting": None}
+    assert results["own"] == results["final"]
+
+
+def test_several_seeds_in_one_command(shapes, tmp_path, capsys):
+    out = tmp_path / "some"
+    results = train.main(flags(shapes, out, "--strategy", "none", "--seeds", "0", "1"))
+    assert [r["args"]["seed"] for r in results] == [0, 1] and results[0]["history"] != results[1]["history"]
+    assert "| none | 2 |" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "some-seed1")
+    assert train.main(flags(shapes, out, "--strategy", "none", "--seeds", "0", "1"))[1]["matrix"] == results[1]["matrix"]
+    assert "seed 0" not in capsys.readouterr().out  # the finished one was left alone
 
 
 def test_wrong_use_ends_in_one_sentence(shapes, finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for wrong, sentence in ((["--data", "nowhere"], "nowhere"), (["--strategy", "prayer"], "prayer"),
+                            (["--strategy", "joint+ewc"], "joint"), (["--strategy", "ewc+ewc"], "repeated"),
+                            (["--ewc-lambda", "1", "2"], "one value, or three"), (["--lwf-temperature", "0"], "above 0"),
                             (["--replay-images", "11"], "at most 10"), (["--epochs", "1", "2"], "one positive value, or three"),
                             (["--image-size", "100"], "multiple of 32"), (["--out", str(finished[0])], "finished run"),
                             (["--weights", "none.pth"], "none.pth"), (["--device", "abacus"], "abacus"),

@@ -12,6 +12,7 @@ import os
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import PIL
@@ -19,10 +20,10 @@ import torch
 import torchvision
 
 from data import FOLDERS, TASKS, MiniSet, UserError, draw_shapes
-from forgetting import REMEDIES, Replay, build
+from forgetting import REMEDIES, add_flags, build
 from losses import task_loss
-from metrics import (NAMES, benchmark, device_name, digest, evaluate, evaluate_saved, interleaved, judge, latencies,
-                     show, write_json)
+from metrics import (NAMES, Clock, benchmark, compare, device_name, digest, duration, evaluate, evaluate_saved,
+                     interleaved, judge, latencies, show, write_json)
 from model import OneHead, augment, load_weights, save_model, take
 
 # What depends on the data: drawn shapes are learned from scratch in minutes, photos from an ImageNet trunk.
@@ -36,12 +37,14 @@ SHAPES_DIR = ".shapes/v1"  # drawn on first use
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--strategy", default="replay", help=f"remedy against forgetting: none, {', '.join(REMEDIES)}, or several "
-        "joined with + (default: %(default)s)")
+    add("--strategy", default="replay", help=f"against forgetting: none, {', '.join(REMEDIES)}, several of them "
+        "joined with +, or joint, which trains all tasks at once as the upper target (default: %(default)s)")
     add("--data", help="folder of the mini-sets, or 'shapes' (default: data/ if prepared, else shapes)")
     add("--out", help="folder of this run, new or unfinished (default: runs/STRATEGY-seedN); with --eval or "
         "--benchmark the JSON file to write (default: eval.json beside the model, benchmark.json)")
     add("--seed", type=int, default=0, help="fixes everything random (default: %(default)s)")
+    add("--seeds", type=int, nargs="+", help="one run for each of these seeds; -seedN is appended to --out, and finished "
+        "ones are skipped")
     add("--device", default="auto", help="auto, cpu or cuda; auto takes CUDA where there is one (default: %(default)s)")
     add("--weights", help="initial weights: imagenet (torchvision's trunk), none, or a .pth/.pt file "
         "(default: imagenet for photos, none for shapes)")
@@ -55,17 +58,14 @@ def parse(argv):
     add("--weight-decay", type=float, default=0.01, help="AdamW's, on all but the output layer (default: %(default)s)")
     add("--bn", choices=["fixed", "live"], default="fixed", help="fixed: BatchNorm statistics are kept once learned; "
         "live: they follow every stage's images, for comparison (default: %(default)s)")
-    add("--replay-images", type=int, default=10, help="stored images per old task, 1 to 10 (default: %(default)s)")
-    add("--replay-tasks", nargs="+", choices=TASKS, default=list(TASKS), help="old tasks to replay (default: all)")
-    add("--replay-batch", type=int, default=4, help="stored images per old task a step (default: %(default)s)")
-    add("--replay-weight", type=float, default=1.0, help="weight of a replayed task's loss (default: %(default)s)")
+    add_flags(add)
     add("--eval-every", type=int, default=0, help="epochs between measurements of all tasks, for display only "
         "(default: at the end of each stage)")
     add("--tasks", nargs="+", choices=[*TASKS, "all"], default=["all"], help="with --eval: which (default: all)")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--eval", metavar="MODEL", help="measure this model.pt on the val split of --data instead of training")
-    add("--benchmark", action="store_true", help="measure parameters, latency, training speed and memory on this "
-        "machine instead of training")
+    add("--benchmark", action="store_true", help="measure parameters, latency, training speed, memory and the cost of "
+        "--strategy on this machine instead of training")
     args = parser.parse_args(argv)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -89,14 +89,12 @@ def parse(argv):
         if len(values) not in (1, 3) or min(values) <= 0:
             raise UserError(f"--{name} {values}: give one positive value, or three for {' '.join(TASKS)}.")
         setattr(args, name, values * (3 // len(values)))
-    if not 1 <= args.replay_images <= 10:
-        raise UserError(f"--replay-images {args.replay_images}: the rules allow at most 10 stored images per old task.")
     if args.image_size < 32 or args.image_size % 32:
         raise UserError(f"--image-size {args.image_size}: must be a multiple of 32, the coarsest stride.")
-    for name in ("batch_size", "replay_batch"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1.")
-    args.out = args.out or ("benchmark.json" if args.benchmark else f"runs/{args.strategy}-seed{args.seed}")
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size {args.batch_size}: must be at least 1.")
+    args.out = args.out or ("benchmark.json" if args.benchmark else
+                            f"runs/{args.strategy}" + ("" if args.seeds else f"-seed{args.seed}"))
     if (Path(args.out) / "results.json").exists():
         raise UserError(f"--out {args.out}: holds a finished run; name another folder, or delete that one.")
     return args
@@ -118,28 +116,10 @@ def find_data(name):
     return SHAPES_DIR
 
 
-class Clock:
-    """Time left, from the training images still to come at the speed of those seen so far."""
-
-    def __init__(self, images):
-        self.images, self.seen, self.seconds = images, 0, 0.0
-
-    def tick(self, images, seconds):
-        self.seen, self.seconds = self.seen + images, self.seconds + seconds
-
-    def left(self):
-        return duration(self.seconds / max(1, self.seen) * max(0, self.images - self.seen))
-
-
-def duration(seconds):
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
-
-
-def images_per_epoch(args, n, stage, remedies):
-    """Training images of one epoch over n of the current task, replayed ones included."""
-    old_tasks = any(isinstance(r, Replay) for r in remedies) * sum(t in args.replay_tasks for t in TASKS[:stage])
-    return n + old_tasks * min(args.replay_batch, args.replay_images) * -(-n // args.batch_size)
+def images_per_epoch(args, n, others, remedies):
+    """Training images of one epoch over n of the current task, those that remedies draw of the `others` included."""
+    drawn = sum(size for r in remedies for t, size in getattr(r, "sizes", {}).items() if t in others)
+    return n + drawn * -(-n // args.batch_size)
 
 
 def new_model(args):
@@ -150,44 +130,55 @@ def new_model(args):
     return model.to(args.device, memory_format=torch.channels_last)
 
 
-def make_optimizer(model, args):
+def make_optimizer(model, args, shared_lr=1.0):
     """AdamW, whose groups carry their share of the learning rate, and the scaler that keeps the gradients of half
-    precision (on a GPU) from underflowing. Both work without waiting for a GPU.
+    precision (on a GPU) from underflowing. Both work without waiting for a GPU. shared_lr: the share of all but the
+    output layer, whose rows belong to one task each.
 
     Weight decay leaves out biases, BatchNorm and the output layer: there it would move the rows of tasks that get
     no gradient, and an old task's rows must stay bit-identical through a stage that does not touch them.
     """
     groups = {}
     for name, parameter in model.named_parameters():
-        decays = parameter.ndim > 1 and not name.startswith("head.2.")
-        groups.setdefault((name.startswith("features."), decays), []).append(parameter)
-    optimizer = torch.optim.AdamW([{"params": parameters, "share": args.trunk_lr if trunk else 1.0,
-                                    "weight_decay": args.weight_decay if decays else 0.0}
-                                   for (trunk, decays), parameters in groups.items()], fused=True)
+        decay = args.weight_decay if parameter.ndim > 1 and not name.startswith("head.2.") else 0.0
+        share = 1.0 if name.startswith("head.2.") else shared_lr * (args.trunk_lr if name.startswith("features.") else 1.0)
+        groups.setdefault((share, decay), []).append(parameter)
+    optimizer = torch.optim.AdamW([{"params": parameters, "share": share, "weight_decay": decay}
+                                   for (share, decay), parameters in groups.items()], fused=True)
     return optimizer, torch.amp.GradScaler("cuda", enabled="cuda" in args.device)
 
 
-def train_step(model, task, images, target, remedies, optimizer, scaler, device):
-    """One update -> (loss, penalty), detached and left on the device: reading them would make a GPU wait."""
-    with torch.autocast(torch.device(device).type, torch.float16, enabled=scaler.is_enabled()):
-        loss = task_loss(model, task, images, target)
-        penalty = sum((remedy.penalty(model, device) for remedy in remedies), torch.zeros_like(loss))
+def train_step(model, task, images, target, remedies, optimizer, scaler, progress=1.0):
+    """One update -> (loss, penalty), detached and left on the device: reading them would make a GPU wait.
+
+    loss is the current task's; penalty all that the remedies add: losses of old images, distances to old outputs (of
+    every image of the step), springs on the weights. progress: the share of the stage that is done.
+    """
+    with torch.autocast(images.device.type, torch.float16, enabled=scaler.is_enabled()):
+        batches = [(task, images, target, 1.0), *(batch for r in remedies for batch in r.batches())]
+        losses, penalty = [], torch.zeros((), device=images.device)
+        for of, images, target, weight in batches:
+            out = model(images, {of, *(t for r in remedies for t in r.outputs)}, upsample=False)
+            losses.append(weight * task_loss(of, out, target, model.locations(images)))
+            penalty = penalty + sum(r.output_loss(images, out) for r in remedies)
+        penalty = penalty + sum(losses[1:]) + sum(r.weight_loss(model, progress) for r in remedies)
     optimizer.zero_grad()
-    scaler.scale(loss + penalty).backward()
+    scaler.scale(losses[0] + penalty).backward()
     scaler.step(optimizer)
     scaler.update()
-    return loss.detach(), penalty.detach()
+    return losses[0].detach(), penalty.detach()
 
 
-def train_stage(model, task, samples, remedies, args, clock, title, measure=None):
-    """Trains `model` on one task, in place -> the stage's history, one dict per epoch.
+def train_stage(model, task, samples, remedies, args, clock, title, measure=None, others=(), shared_lr=1.0):
+    """Trains `model` on one task, in place -> the stage's history, one dict per epoch. others: the tasks whose images
+    remedies may draw.
 
     A fresh optimizer and schedule (linear warm-up over 5 %, then cosine to 0), and randomness seeded anew, so that
     what ran before leaves no trace. Raises UserError, naming the images, if the loss is not finite.
     """
     stage = TASKS.index(task)
     torch.manual_seed(1000 * args.seed + stage + 1)
-    optimizer, scaler = make_optimizer(model, args)
+    optimizer, scaler = make_optimizer(model, args, shared_lr)
     stored = take(samples.batch, slice(None), args.device)
     epochs, steps, step, history = args.epochs[stage], -(-len(samples) // args.batch_size), 0, []
     total = epochs * steps
@@ -201,7 +192,7 @@ def train_stage(model, task, samples, remedies, args, clock, title, measure=None
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["share"]
             batch = augment(*take(stored, batch))
-            sums += torch.stack(train_step(model, task, *batch, remedies, optimizer, scaler, args.device))
+            sums += torch.stack(train_step(model, task, *batch, remedies, optimizer, scaler, step / total))
             finite += sums.isfinite().all()  # counts the steps before the first that was not, on the device
             if sys.stdout.isatty():
                 print(f"\r{title} epoch {epoch}/{epochs} step {(step - 1) % steps + 1}/{steps} ", end="", flush=True)
@@ -210,7 +201,7 @@ def train_stage(model, task, samples, remedies, args, clock, title, measure=None
             names = ", ".join(str(samples.paths[i]) for i in batches[min(int(finite), steps - 1)].tolist())
             raise UserError(f"{title}: loss {loss}, penalty {penalty} in epoch {epoch}, first with the images {names}; "
                             f"lower --lr (now {args.lr[stage]}) or look at these images.")
-        seconds, images = time.perf_counter() - start, images_per_epoch(args, len(samples), stage, remedies)
+        seconds, images = time.perf_counter() - start, images_per_epoch(args, len(samples), others, remedies)
         clock.tick(images, seconds)
         history.append({"stage": stage + 1, "task": task, "epoch": epoch, "loss": loss, "penalty": penalty, "lr": lr})
         if measure and (epoch == epochs or (args.eval_every and epoch % args.eval_every == 0)):
@@ -245,46 +236,48 @@ def single_task(task, args, file, samples, clock, measure):
     return torch.load(file, map_location=args.device, weights_only=True)
 
 
-def trial_steps(task, samples, args):
-    """Training steps of a throw-away model, to be timed -> (images a step, whole step, bare step), two functions: the
-    bare one is forward, loss, backward and update on a batch that is ready, the whole one prepares its own."""
-    model = new_model(args).train()
+def trial_steps(task, sets, args):
+    """Training steps of a throw-away model, to be timed -> (images a step, {name: function}, seconds of remember). bare:
+    forward, loss, backward and update on a batch that is ready; whole: prepares its own; strategy: with the remedies."""
+    model, remedies, start = new_model(args).train(), build(args), time.perf_counter()
+    for old in TASKS[:TASKS.index(task)]:
+        for remedy in remedies:
+            remedy.remember(old, model, sets[old])
+    seconds = time.perf_counter() - start
     optimizer, scaler = make_optimizer(model, args)
-    stored = take(samples.batch, slice(None), args.device)
+    stored = take(sets[task].batch, slice(None), args.device)
 
-    def bare(batch=augment(*take(stored, slice(args.batch_size)))):
-        train_step(model, task, *batch, [], optimizer, scaler, args.device)
+    def bare(batch=augment(*take(stored, slice(args.batch_size))), remedies=()):
+        train_step(model, task, *batch, remedies, optimizer, scaler)
 
-    def whole():
-        bare(augment(*take(stored, torch.randperm(len(samples), device=args.device)[:args.batch_size])))
+    def whole(remedies=()):
+        indices = torch.randperm(len(sets[task]), device=args.device)[:args.batch_size]
+        bare(augment(*take(stored, indices)), remedies)
 
-    return min(args.batch_size, len(samples)), whole, bare
-
-
-def seconds_per_image(args, samples):
-    images, step, _ = trial_steps("seg", samples, args)
-    return interleaved({"step": step}, 1, args.device)["step"][0] / 1000 / images
+    steps = {"whole": whole, "bare": bare, "strategy": lambda: whole(remedies)}
+    return min(args.batch_size, len(sets[task])), steps, seconds
 
 
 def run(args):
     """Trains seg, det and cls one after another, measures all tasks after each stage, and judges -> results."""
     start, out = time.perf_counter(), Path(args.out)
-    remedies = build(args.strategy, args)
+    remedies, joint = build(args), args.strategy == "joint"
     train = {t: MiniSet(args.data, t, "train", args.image_size) for t in TASKS}
     val = {t: MiniSet(args.data, t, "val", args.image_size, train[t].classes) for t in TASKS}
     classes = {t: train[t].classes for t in TASKS}
     digests = {t: digest(Path(args.data) / FOLDERS[t]) for t in TASKS}
+    measure = partial(evaluate, splits=val, device=args.device)
     out.mkdir(parents=True, exist_ok=True)
-
-    def measure(model):
-        return evaluate(model, val, args.device)
 
     # The work ahead: baselines that are not cached, and the stages (the first one *is* its baseline unless bn is live)
     files = {t: baseline_file(t, args, digests) for t in TASKS}
     work = sum(args.epochs[s] * len(train[t]) for s, t in enumerate(TASKS) if not files[t].exists())
-    work += sum(args.epochs[s] * images_per_epoch(args, len(train[t]), s, remedies) for s, t in enumerate(TASKS)
-                if s or args.bn == "live")
-    clock, seconds = Clock(work), work * seconds_per_image(args, train["seg"])
+    stages, cached = (TASKS[:1], 0) if joint else (TASKS, args.bn == "fixed")  # cached: the first stage is a baseline
+    others = {t: TASKS[1:] if joint else TASKS[:s] for s, t in enumerate(stages)}
+    work += sum(args.epochs[s] * images_per_epoch(args, len(train[t]), others[t], remedies)
+                for s, t in enumerate(stages) if s >= cached)
+    images, steps, _ = trial_steps("seg", train, args)
+    clock, seconds = Clock(work), work / images * interleaved({"": steps["whole"]}, 1, args.device)[""][0] / 1000
     print(f"{args.strategy} on {args.data} at {args.image_size} px, seed {args.seed}, {args.device}: {work:,} training "
           f"images, about {duration(seconds)}; results go to {out}", flush=True)
 
@@ -296,19 +289,22 @@ def run(args):
     model, history, matrix, stage_seconds = new_model(args), [], [], []
     if args.bn == "live":
         model.free_batchnorm()
-    for stage, task in enumerate(TASKS):
+    for t in TASKS[1:] if joint else ():
+        remedies[0].remember(t, model, train[t])
+    for stage, task in enumerate(stages):
         begin = time.perf_counter()
-        if stage == 0 and args.bn == "fixed":
+        if stage < cached:
             model.load_state_dict(singles[task]["state"])
             history += singles[task]["history"]
             stage_seconds.append(singles[task]["seconds"])
         else:
-            title = f"stage {stage + 1} {task}"
-            history += train_stage(model, task, train[task], remedies, args, clock, title, measure)
+            history += train_stage(model, task, train[task], remedies, args, clock,
+                                   "joint" if joint else f"stage {stage + 1} {task}", measure, others[task],
+                                   args.shared_lr if stage else 1.0)
             stage_seconds.append(time.perf_counter() - begin)
         if args.bn == "fixed":
             model.fix_batchnorm()
-        for remedy in remedies:
+        for remedy in remedies if task != stages[-1] else ():
             remedy.remember(task, model, train[task])
         matrix.append({t: history[-1][t] for t in TASKS})
         save_model(out / "model.pt", model, args.image_size, classes)
@@ -318,7 +314,7 @@ def run(args):
         "args": vars(args), "data": {"folder": args.data, "sha256": digests}, "classes": classes,
         "params": sum(p.numel() for p in model.parameters()),
         "latency_ms": statistics.median(latencies(model, args.device)["OneHead"]),
-        "seconds": {"baselines": sum(singles[t]["seconds"] for t in TASKS[args.bn == "fixed":]),
+        "seconds": {"baselines": sum(singles[t]["seconds"] for t in TASKS[cached:]),
                     "stages": sum(stage_seconds), "total": time.perf_counter() - start},
         "device": device_name(args.device), "torch": torch.__version__,
         "tasks": list(TASKS), "metrics": NAMES, "baseline": baseline, "matrix": matrix, "final": matrix[-1],
@@ -330,14 +326,24 @@ def run(args):
 
 
 def main(argv=None):
-    """Runs the command line -> the results that it also writes as JSON. See `--help` for the flags."""
+    """Runs the command line -> the results that it also writes as JSON, a list of them for `--seeds`. See `--help`."""
     args = parse(argv)
     torch.backends.cudnn.benchmark = True  # few sizes of batches: let cuDNN measure which of its kernels is fastest
     try:
         if args.benchmark:
-            steps = {t: trial_steps(t, MiniSet(args.data, t, "train", args.image_size), args) for t in TASKS}
-            return benchmark(new_model(args), steps, args)
-        return evaluate_saved(args) if args.eval else run(args)
+            sets = {t: MiniSet(args.data, t, "train", args.image_size) for t in TASKS}
+            return benchmark(new_model(args), {t: trial_steps(t, sets, args) for t in TASKS}, args)
+        if args.eval:
+            return evaluate_saved(args)
+        if not args.seeds:
+            return run(args)
+        seeds = {f"{args.out}-seed{seed}": seed for seed in args.seeds}
+        wanted = [out for out in seeds if not (Path(out) / "results.json").exists()]
+        for out in wanted:
+            args = argparse.Namespace(**vars(args) | {"seed": seeds[out], "out": out})
+            run(args)
+        print(f"\n{compare(seeds)}")
+        return [json.loads((Path(out) / "results.json").read_text()) for out in seeds]
     except KeyboardInterrupt:
         if args.benchmark:
             raise UserError("\nInterrupted; nothing was written.")

@@ -61,7 +61,7 @@ class Replay(Remedy):
     def remember(self, task, model, samples):
         if task not in self.sizes:
             return
-        labels = {i: {*samples.labels(i)} for i in range(len(samples))}
+        labels = {i: {*samples.labels(i).tolist()} for i in range(len(samples))}
         chosen = islice(draw(labels, random.Random(self.args.seed)), self.keep)
         self.buffer[task] = take(samples.batch, torch.tensor([*chosen]), self.args.device)
 

@@ -145,7 +145,8 @@ def take(batch, index, device=None):
 
 
 def augment(images, target, zoom=None, aspect=1.3, colour=0.3, mask_stride=4):
-    """Draws a window for each image of a batch, resamples it to the full size, and flips and recolours it.
+    """Draws a window for each image of a batch, resamples it to the full size, flips it, and changes contrast,
+    brightness and saturation.
 
     images (B, 3, S, S) uint8 and the target of `MiniSet.batch` -> normalised images and their target. The window's
     side is zoom · S, by default 0.5 to 1.1, and 0.6 to 1.4 where there are boxes: detection gains from many small and
@@ -175,8 +176,11 @@ def augment(images, target, zoom=None, aspect=1.3, colour=0.3, mask_stride=4):
 
     mean, std = imagenet(device)
     x = sample(images.to(torch.float32).sub_(mean), size, "bilinear")  # (B, 3, S, S), 0 = the mean colour
-    gain, shift = uniform(1 - colour, 1 + colour, 1, 1, 1), 100 * uniform(-colour, colour, 1, 1, 1)
-    x = x.mul_(gain / std).add_(shift / std).contiguous(memory_format=torch.channels_last)  # contrast, brightness
+    contrast, saturation = uniform(1 - colour, 1 + colour, 2, 1, 1).unbind(1)  # each (B, 1, 1)
+    grey = torch.full((3, 3), 1 / 3, device=device)
+    matrix = contrast * torch.lerp(grey, torch.eye(3, device=device), saturation) / std.view(3, 1)  # (B, 3, 3)
+    brightness = 100 * uniform(-colour, colour, 1, 1) / std.view(3, 1)  # (B, 3, 1)
+    x = torch.baddbmm(brightness, matrix, x.flatten(2)).view_as(x).contiguous(memory_format=torch.channels_last)
     if "mask" in target:
         mask = sample(target["mask"][:, None].float() - IGNORE, size // mask_stride, "nearest") + IGNORE
         return x, {"mask": mask[:, 0].long()}  # (B, S/4, S/4)

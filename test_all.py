@@ -564,6 +564,24 @@ def test_augmentation_moves_image_and_target_together():
     assert coarse["mask"].shape == (40, 16, 16) and torch.equal((coarse["mask"] == 7)[sure], near[sure] == 1)
 
 
+def test_augmentation_changes_contrast_brightness_and_saturation_alone():
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
+    x, _ = augment(images, {}, zoom=(1, 1), aspect=1)
+    std, mean = (torch.tensor(v).view(3, 1, 1) for v in ((58.395, 57.12, 57.375), (123.675, 116.28, 103.53)))
+    slopes = []
+    for before, after in zip(images - mean, x * std):
+        before = min(before, before.flip(2), key=lambda b: (b.mean(0) - after.mean(0)).std().item())  # mirrored or not
+        grey, tint = before.mean(0), before - before.mean(0)
+        contrast = ((after.mean(0) * grey).mean() - after.mean() * grey.mean()) / grey.var(correction=0)
+        saturation = (after - after.mean(0))[0, 0, 0] / tint[0, 0, 0] / contrast
+        brightness = after.mean() - contrast * grey.mean()
+        torch.testing.assert_close(after, contrast * (grey + saturation * tint) + brightness, rtol=1e-3, atol=0.02)
+        slopes.append([contrast, saturation, 1 + brightness / 100])
+    slopes = torch.tensor(slopes)
+    assert ((slopes > 0.69) & (slopes < 1.31)).all() and slopes.std(0).min() > 0.05
+
+
 def test_boxes_cropped_away_are_no_targets():
     torch.manual_seed(0)
     boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 21, 21]])  # in a corner, and tiny

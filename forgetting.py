@@ -4,7 +4,7 @@
     data       Replay, Joint    batches()                     old images beside the new ones
     outputs    LwF              output_loss(images, out)      the previous model's answers, to be kept
     weights    EWC              weight_loss(model, progress)  a spring that holds what old tasks need
-    weights    Freeze           nothing: what is shared stops to learn
+    weights    Freeze           nothing: the trunk, or trunk and neck, stop learning
 
 All of them get remember(task, model, samples) after the stage of `task`, if another stage follows.
 """
@@ -25,6 +25,7 @@ class Remedy:
     """What a remedy does where it does not say otherwise: nothing."""
 
     outputs = ()  # the tasks whose outputs output_loss compares, on every image of a step
+    sizes = {}  # images that a step draws, by task
 
     def __init__(self, args):
         self.args = args
@@ -37,6 +38,7 @@ class Remedy:
         return []
 
     def output_loss(self, images, out):
+        """Called for every batch of a step, and weighed by its share of the step's images."""
         return 0.0
 
     def weight_loss(self, model, progress):
@@ -56,7 +58,7 @@ class Replay(Remedy):
     def __init__(self, args):
         super().__init__(args)
         self.buffer, self.keep, self.weight = {}, args.replay_images, args.replay_weight
-        self.sizes = {t: min(args.replay_batch, args.replay_images) for t in args.replay_tasks}  # images of a step
+        self.sizes = {t: min(args.replay_batch, args.replay_images) for t in args.replay_tasks}
 
     def remember(self, task, model, samples):
         if task not in self.sizes:
@@ -72,8 +74,11 @@ class Replay(Remedy):
 
 class Joint(Replay):
     """Not a remedy but the upper target: one stage over all tasks, each step with images of the three, from the whole
-    training sets. The shares of a step are those of the stages' epochs, so that each task's images are seen about as
-    often as in its own stage."""
+    training sets, which remember() gets beforehand. Epochs and learning rate are those of Stage 1, the shares of a
+    step those of the stages' epochs, so that each task's images are seen about as often as in its own stage, if the
+    sets are of one size. From scratch, BatchNorm meets the tasks in turn and then answers with a mean of all three:
+    joint training is the upper target of photos, where the pretrained statistics are fixed.
+    """
 
     def __init__(self, args):
         super().__init__(args)
@@ -88,8 +93,9 @@ class LwF(Remedy):
 
     The teacher is the model as the last stage left it. It needs no stored image: both see the images of the new task,
     and those that `replay` draws, if it takes part. D is KL for segmentation (the mean over the cells of stride 8) and
-    for classification, and for detection a sum over all cells, in which the teacher's confidence weighs box and class.
-    Nothing is asked of the new task's outputs, which the teacher never learned.
+    for classification; for detection it is summed over all cells, weighed for box and class by the teacher's
+    confidence, and divided by the sum of these confidences. Nothing is asked of the new task's outputs, which the teacher
+    never learned. Li & Hoiem's warm-up, in which the new rows learn alone, is left out.
     """
 
     def __init__(self, args):
@@ -101,7 +107,7 @@ class LwF(Remedy):
         self.teacher = deepcopy(model).eval().requires_grad_(False)
 
     def divergence(self, logits, taught, dim):
-        """T² · KL(teacher ‖ student) of logits softened by the temperature T, over `dim` (Hinton, section 2.1)."""
+        """T² · KL(teacher ‖ student) of logits softened by the temperature T, over `dim` (Hinton, section 2)."""
         t = self.args.lwf_temperature
         now, then = (logits / t).log_softmax(dim), (taught / t).log_softmax(dim)
         return t * t * (then.exp() * (then - now)).sum(dim)
@@ -131,8 +137,8 @@ class EWC(Remedy):
         L = L_new + Σ_old λ/2 Σ_i F_i (θ_i - θ*_i)²       F_i = 1/n Σ_n (∂L_old(image n) / ∂θ_i)²
 
     θ* are the weights at the end of the old task's stage, F the diagonal of its empirical Fisher information: squared
-    gradients of one training image at a time (a square of a mean over images would be another thing), at its true
-    labels, in eval mode. An image counts as one observation with the task's own loss as its negative log-likelihood: the
+    gradients of one training image at a time (a square of a mean over images would be another thing), augmented once,
+    at its true labels, in eval mode. An image counts as one observation with the task's own loss as its negative log-likelihood: the
     mean over pixels, or over objects, as neighbouring pixels are far from independent. So the three tasks' F differ
     in scale, and so do the λ: one value, or three for (Stage 2: seg), (Stage 3: seg), (Stage 3: det).
     """
@@ -175,16 +181,14 @@ class Freeze(Remedy):
         parts = ("features.", "fpn.")[:1 + (self.args.freeze == "neck")]
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not name.startswith(parts))
-        model.fix_batchnorm({name for name in model.batchnorms() if name.startswith(parts)})
+        model.fix_batchnorm()  # all of it stands in the trunk
 
 
 REMEDIES = {"replay": Replay, "lwf": LwF, "ewc": EWC, "freeze": Freeze}
 
 
 def add_flags(add):
-    """The flags that baselines do not see. `add`: an ArgumentParser's add_argument."""
-    add("--shared-lr", type=float, default=1.0, help="the share of --lr that is left to trunk, neck and the head's first "
-        "layer in Stages 2 and 3 (default: %(default)s)")
+    """The remedies' own flags. `add`: an ArgumentParser's add_argument."""
     add("--replay-images", type=int, default=10, help="stored images per old task, 1 to 10 (default: %(default)s)")
     add("--replay-tasks", nargs="+", choices=TASKS, default=list(TASKS), help="old tasks to replay (default: all)")
     add("--replay-batch", type=int, default=4, help="stored images per old task a step (default: %(default)s)")
@@ -210,9 +214,6 @@ def build(args):
         raise UserError(f"--replay-batch {args.replay_batch}: must be at least 1.")
     if args.lwf_temperature <= 0:
         raise UserError(f"--lwf-temperature {args.lwf_temperature}: must be above 0.")
-    if len(args.ewc_lambda) not in (1, 3) or min(args.ewc_lambda) < 0:
-        raise UserError(f"--ewc-lambda {args.ewc_lambda}: give one value, or three, none below 0.")
-    args.ewc_lambda = args.ewc_lambda * (3 // len(args.ewc_lambda))
     if args.strategy == "joint":
         return [Joint(args)]
     names = [] if args.strategy == "none" else args.strategy.split("+")

@@ -266,7 +266,8 @@ def judge(results):
     And `continual`, the literature's measures of the matrix R[stage, task], in units of the scores: ACC, the mean of the
     final scores; BWT, backward transfer, the mean of R[last, j] - R[j, j] over the tasks j before the last (Lopez-Paz &
     Ranzato 2017, arXiv:1706.08840, section 2); forgetting, the mean of max_l R[l, j] - R[last, j] over the same tasks
-    and the stages l before the last (Chaudhry et al. 2018, arXiv:1801.10112, eq. 3). Joint training has one stage, no R.
+    and the stages l before the last (Chaudhry et al. 2018, arXiv:1801.10112, eq. 3). Joint training has one stage: no R,
+    own is final, and so its verdict looks at the drop alone.
     """
     final, baseline, matrix = results["final"], results["baseline"], results["matrix"]
     results["own"] = own = {t: matrix[min(stage, len(matrix) - 1)][t] for stage, t in enumerate(TASKS)}
@@ -312,10 +313,10 @@ def compare(folders):
             judge(results)
             args = {k: v for k, v in results["args"].items() if k not in ("seed", "seeds", "out", "data", "eval_every")}
             groups.setdefault(json.dumps([args, results["data"]["sha256"]]), {})[results["args"]["seed"]] = results
-        except (OSError, ValueError, KeyError) as e:
+        except (OSError, ValueError, KeyError, TypeError) as e:
             print(f"skipped {folder}: no finished run ({type(e).__name__})", file=sys.stderr)
     settings = [json.loads(key)[0] for key in groups]
-    usual = {k: statistics.mode(str(s.get(k)) for s in settings) for k in (settings[0] if settings else ())}
+    usual = {k: statistics.mode(str(s[k]) for s in settings if k in s) for s in settings for k in s}
 
     def cell(values, style, missing="–"):
         known = [v for v in values if v is not None]
@@ -328,14 +329,14 @@ def compare(folders):
     head = ["strategy", "seeds", *columns, "ACC", "BWT", "forgetting", "pass"]
     lines = [head, ["---"] * len(head)]
     for args, runs in zip(settings, map(list, map(dict.values, groups.values()))):
-        row = [", ".join([args["strategy"], *(f"{k} {args.get(k)}" for k in usual
-                                              if k != "strategy" and str(args.get(k)) != usual[k])])]
+        row = [", ".join([args["strategy"], *(f"{k} {v}" for k, v in args.items() if k != "strategy" and str(v) != usual[k])])]
         row.append(str(len(runs)))
         for t in TASKS:
             row += [cell([r["baseline"][t] for r in runs], ".3f"), cell([r["final"][t] for r in runs], ".3f"),
                     cell([r["drop"][t] for r in runs], "+.1%", "not learned")]
         row += [cell([r["continual"][k] for r in runs], style) for k, style in zip(head[-4:-1], (".3f", "+.3f", "+.3f"))]
-        lines.append(row + [f"{sum(r['verdict']['all'] for r in runs)}/{len(runs)}"])
+        passed = f"{sum(r['verdict']['all'] for r in runs)}/{len(runs)}"
+        lines.append(row + ["–" if args["strategy"] == "joint" else passed])
     if len(lines) == 2:
         raise UserError("No finished run among the folders; pass run folders that hold a results.json, as in runs/*.")
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

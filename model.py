@@ -90,12 +90,7 @@ class OneHead(nn.Module):
 
     def locations(self, images):
         """The cells of all levels for images (B, 3, H, W): x, y of the centre and stride, in pixels, (N, 3)."""
-        cells = []
-        for s in self.strides:
-            y, x = (torch.arange(-(-n // s), device=images.device) * s + s / 2 for n in images.shape[-2:])
-            grid = torch.cartesian_prod(y, x)  # (H/s * W/s, 2), row by row as the maps are flattened
-            cells.append(F.pad(grid.flip(1), (0, 1), value=s))  # (H/s * W/s, 3)
-        return torch.cat(cells)
+        return cells(*images.shape[-2:], tuple(self.strides), images.device)
 
     def batchnorms(self):
         return {name: m for name, m in self.named_modules() if isinstance(m, nn.BatchNorm2d)}
@@ -120,6 +115,17 @@ class OneHead(nn.Module):
         for layer in self.batchnorms().values():
             layer.train(mode and not getattr(layer, "fixed", False))
         return self
+
+
+@cache
+def cells(height, width, strides, device):
+    """See `OneHead.locations`; made once for each size."""
+    levels = []
+    for s in strides:
+        y, x = (torch.arange(-(-n // s), device=device) * s + s / 2 for n in (height, width))
+        grid = torch.cartesian_prod(y, x)  # (H/s * W/s, 2), row by row as the maps are flattened
+        levels.append(F.pad(grid.flip(1), (0, 1), value=s))  # (H/s * W/s, 3)
+    return torch.cat(levels)
 
 
 @cache

@@ -7,7 +7,7 @@ import os
 import random
 import shutil
 import zipfile
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -855,9 +855,15 @@ def test_fisher_is_that_of_a_loop_over_single_images_and_the_penalty_that_of_a_k
     assert ewc.weight_loss(model, 1).item() == pytest.approx(3 * by_hand, rel=1e-3) != 0
     ewc.args.ewc_ramp = True
     assert ewc.weight_loss(model, 0.25).item() == pytest.approx(0.25 * 3 * by_hand, rel=1e-3)
-    first = ewc.terms[0]
+    ewc.args.ewc_ramp, first = False, ewc.terms[0]
     ewc.remember("seg", model, MiniSet(shapes, "seg", "train", 64))  # a second term beside the first one
     assert ewc.terms[0] is first and ewc.weight_loss(model, 1).item() == pytest.approx(5 * by_hand, rel=1e-3)
+    with torch.no_grad():
+        model.head[0].bias += 0.1  # 0.2 from the first anchor, 0.1 from the second
+    at = sum(p.numel() for name, p in model.named_parameters() if name < "head" or name.startswith("fpn")) + model.head[0].weight.numel()
+    second = ewc.terms[1][0][at:at + 128].sum().item() * 0.1 ** 2 / 2
+    assert second > 0 and torch.equal(ewc.terms[0][1][at:at + 128] + 0.1, ewc.terms[1][1][at:at + 128])
+    assert ewc.weight_loss(model, 1).item() == pytest.approx(5 * 4 * by_hand + 7 * second, rel=1e-3)
     rows = torch.autograd.grad(ewc.weight_loss(model, 1), model.head[2].weight)[0]
     assert rows[CLS].count_nonzero() == 0
 
@@ -868,7 +874,9 @@ def test_distillation_is_zero_for_an_equal_student_and_reaches_neither_teacher_n
     images, _ = step_batches(shapes, "cls")
     assert lwf.output_loss(images, model(images)) == 0
     lwf.remember("seg", model, None)
-    lwf.remember("det", model, None)
+    with torch.no_grad():
+        model.head[0].weight.mul_(1.1)
+    lwf.remember("det", model, None)  # the later model teaches both
     out = model(images, upsample=False)
     assert lwf.outputs == ("seg", "det") and abs(lwf.output_loss(images, out).item()) < 1e-4
     before = {k: v.clone() for k, v in lwf.teacher.state_dict().items()}
@@ -903,6 +911,52 @@ def test_divergences_by_hand():
     assert lwf.distance("det", doubt.view(1, 1, 15), cell.view(1, 1, 15)).item() == pytest.approx(np.log(2), rel=1e-4)
 
 
+class Stub(forgetting.Remedy):
+    """Adds known terms: classification images with weight 3, outputs and weights times constants."""
+
+    outputs = ("seg",)
+
+    def __init__(self, batch):
+        super().__init__(None)
+        self.batch = batch
+
+    def batches(self):
+        return [("cls", *self.batch, 3.0)]
+
+    def output_loss(self, images, out):
+        return out["seg"].square().mean()
+
+    def weight_loss(self, model, progress):
+        return progress * model.head[0].weight.square().sum()
+
+
+def test_a_step_follows_the_gradient_of_loss_and_all_penalties(shapes):
+    model, (images, target), (old, labels) = trained(shapes), step_batches(shapes, "det", 4), step_batches(shapes, "cls", 2)
+    out, replayed = model(images, upsample=False), model(old, upsample=False)
+    loss = losses.det_loss(out["det"], target, model.locations(images))
+    penalty = 3 * F.cross_entropy(replayed["cls"], labels["labels"][:, 0]) + 0.25 * model.head[0].weight.square().sum()
+    penalty = penalty + 4 / 6 * out["seg"].square().mean() + 2 / 6 * replayed["seg"].square().mean()
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(loss + penalty, parameters)
+    before = [p.detach().clone() for p in parameters]
+    scaler = torch.amp.GradScaler("cuda", enabled=False)
+    found = train.train_step(model, "det", images, target, [Stub((old, labels))], torch.optim.SGD(parameters, 0.1), scaler, 0.25)
+    torch.testing.assert_close(torch.stack(found), torch.stack([loss, penalty]).detach())
+    for p, start, gradient in zip(parameters, before, gradients):
+        torch.testing.assert_close(p.detach(), start - 0.1 * gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_with_every_remedy_does_not_wait_for_a_gpu(shapes):
+    model, (images, target) = trained(shapes), step_batches(shapes, "cls")
+    remedies = [forgetting.REMEDIES[name](settings()) for name in ("replay", "lwf", "ewc")]
+    for remedy, task in product(remedies, ("seg", "det")):
+        remedy.remember(task, model, MiniSet(shapes, task, "train", 64))
+    scaler = torch.amp.GradScaler("cuda", enabled=False)
+    with Waits() as waits:
+        train.train_step(model, "cls", images, target, remedies, torch.optim.SGD(model.parameters(), 0.01), scaler)
+    assert waits.found == set()
+
+
 @pytest.mark.parametrize("extent", ["trunk", "neck"])
 def test_freeze_leaves_trunk_and_its_batchnorm_bit_identical(shapes, extent):
     model = train.new_model(settings())
@@ -922,6 +976,10 @@ def test_joint_training_shows_every_task_as_often_as_its_stage(shapes):
         joint.remember(task, None, MiniSet(shapes, task, "train", 64))
     assert [(task, len(images), weight) for task, images, _, weight in joint.batches()] == [("det", 4, 1.0), ("cls", 3, 1.0)]
     assert all(len(images) == 20 for images, _ in joint.buffer.values())
+    model = trained(shapes)
+    before = model.head[2].weight.clone()
+    one_stage(model, "seg", shapes, [joint])
+    assert all(not torch.equal(before[rows], model.head[2].weight[rows]) for rows in (SEG, DET, CLS))
 
 
 def test_slower_shared_layers_leave_the_output_layer_at_full_speed():
@@ -1050,6 +1108,13 @@ def test_compare_prints_a_row_per_strategy(shapes, finished, tmp_path):
     assert len(lines) == 3 and lines[2].startswith("| replay | 2 |") and "±" in lines[2]
     third = tmp_path / "fewer"
     train.main(flags(shapes, third, "--replay-images", "3"))
+    old = json.loads((second / "results.json").read_text())  # of a version that knew neither this flag nor that measure
+    del old["args"]["ewc_lambda"], old["continual"]
+    (second / "results.json").write_text(json.dumps(old | {"args": old["args"] | {"seed": 0}}))
+    rows = [line.split(" |")[0] for line in metrics.compare([second, third]).splitlines()[2:]]
+    assert rows == ["| replay", "| replay, replay_images 3"]
+    (second / "results.json").write_text(json.dumps(json.loads((finished[0] / "results.json").read_text()) | {"args": {
+        **finished[1]["args"], "seed": 1}}))
     lines = metrics.compare([finished[0], second, third]).splitlines()
     assert [line.split(" |")[:2] for line in lines[2:]] == [["| replay", " 2"],
                                                             ["| replay, replay_images 3", " 1"]]
@@ -1071,18 +1136,20 @@ def test_continual_measures_by_hand():
 def test_several_seeds_in_one_command(shapes, tmp_path, capsys):
     out = tmp_path / "some"
     results = train.main(flags(shapes, out, "--strategy", "none", "--seeds", "0", "1"))
-    assert [r["args"]["seed"] for r in results] == [0, 1] and results[0]["history"] != results[1]["history"]
+    assert [r["args"]["seed"] for r in results] == [0, 1] and results[0]["args"]["out"] == f"{out}-seed0" and results[0]["history"] != results[1]["history"]
     assert "| none | 2 |" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "some-seed1")
     assert train.main(flags(shapes, out, "--strategy", "none", "--seeds", "0", "1"))[1]["matrix"] == results[1]["matrix"]
     assert "seed 0" not in capsys.readouterr().out  # the finished one was left alone
+    with pytest.raises(UserError, match="some-seed0: holds a run with other flags"):
+        train.main(flags(shapes, out, "--strategy", "ewc", "--seeds", "0", "1"))
 
 
 def test_wrong_use_ends_in_one_sentence(shapes, finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for wrong, sentence in ((["--data", "nowhere"], "nowhere"), (["--strategy", "prayer"], "prayer"),
                             (["--strategy", "joint+ewc"], "joint"), (["--strategy", "ewc+ewc"], "repeated"),
-                            (["--ewc-lambda", "1", "2"], "one value, or three"), (["--lwf-temperature", "0"], "above 0"),
+                            (["--ewc-lambda", "1", "2"], "one positive value, or three"), (["--lwf-temperature", "0"], "above 0"),
                             (["--replay-images", "11"], "at most 10"), (["--epochs", "1", "2"], "one positive value, or three"),
                             (["--image-size", "100"], "multiple of 32"), (["--out", str(finished[0])], "finished run"),
                             (["--weights", "none.pth"], "none.pth"), (["--device", "abacus"], "abacus"),

@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import PIL
@@ -54,6 +55,8 @@ def parse(argv):
     add("--lr", type=float, nargs="+", help="peak learning rate of neck and head, one value or three "
         "(default: 0.002 0.002 0.001 for shapes, 0.001 for photos)")
     add("--trunk-lr", type=float, help="the trunk's share of --lr (default: 1.0 for shapes, 0.2 for photos)")
+    add("--shared-lr", type=float, default=1.0, help="the share of --lr that is left to trunk, neck and the head's first "
+        "layer in Stages 2 and 3 (default: %(default)s)")
     add("--batch-size", type=int, help="images of the current task a step (default: 16 shapes, 8 photos)")
     add("--weight-decay", type=float, default=0.01, help="AdamW's, on all but the output layer (default: %(default)s)")
     add("--bn", choices=["fixed", "live"], default="fixed", help="fixed: BatchNorm statistics are kept once learned; "
@@ -67,8 +70,7 @@ def parse(argv):
     add("--benchmark", action="store_true", help="measure parameters, latency, training speed, memory and the cost of "
         "--strategy on this machine instead of training")
     args = parser.parse_args(argv)
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError):
@@ -84,18 +86,20 @@ def parse(argv):
     for name, value in DEFAULTS["shapes" if args.data == SHAPES_DIR else "photos"].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name in ("epochs", "lr"):
+    for name in ("epochs", "lr", "ewc_lambda"):
         values = getattr(args, name)
         if len(values) not in (1, 3) or min(values) <= 0:
-            raise UserError(f"--{name} {values}: give one positive value, or three for {' '.join(TASKS)}.")
+            raise UserError(f"--{name.replace('_', '-')} {values}: give one positive value, or three.")
         setattr(args, name, values * (3 // len(values)))
     if args.image_size < 32 or args.image_size % 32:
         raise UserError(f"--image-size {args.image_size}: must be a multiple of 32, the coarsest stride.")
     if args.batch_size < 1:
         raise UserError(f"--batch-size {args.batch_size}: must be at least 1.")
-    args.out = args.out or ("benchmark.json" if args.benchmark else
-                            f"runs/{args.strategy}" + ("" if args.seeds else f"-seed{args.seed}"))
-    if (Path(args.out) / "results.json").exists():
+    if args.benchmark and args.strategy == "joint":
+        raise UserError("--benchmark --strategy joint: joint training has no step of its own; name another strategy.")
+    args.out = str(Path(args.out or ("benchmark.json" if args.benchmark else
+                                     f"runs/{args.strategy}" + f"-seed{args.seed}" * (not args.seeds))))
+    if (Path(args.out) / "results.json").exists() and not args.seeds:
         raise UserError(f"--out {args.out}: holds a finished run; name another folder, or delete that one.")
     return args
 
@@ -118,7 +122,7 @@ def find_data(name):
 
 def images_per_epoch(args, n, others, remedies):
     """Training images of one epoch over n of the current task, those that remedies draw of the `others` included."""
-    drawn = sum(size for r in remedies for t, size in getattr(r, "sizes", {}).items() if t in others)
+    drawn = sum(size for r in remedies for t, size in r.sizes.items() if t in others)
     return n + drawn * -(-n // args.batch_size)
 
 
@@ -151,16 +155,15 @@ def make_optimizer(model, args, shared_lr=1.0):
 def train_step(model, task, images, target, remedies, optimizer, scaler, progress=1.0):
     """One update -> (loss, penalty), detached and left on the device: reading them would make a GPU wait.
 
-    loss is the current task's; penalty all that the remedies add: losses of old images, distances to old outputs (of
-    every image of the step), springs on the weights. progress: the share of the stage that is done.
-    """
+    loss: the current task's; penalty: all that remedies add; progress: the share of the stage that is done."""
+    batches = [(task, images, target, 1.0), *(batch for r in remedies for batch in r.batches())]
     with torch.autocast(images.device.type, torch.float16, enabled=scaler.is_enabled()):
-        batches = [(task, images, target, 1.0), *(batch for r in remedies for batch in r.batches())]
         losses, penalty = [], torch.zeros((), device=images.device)
-        for of, images, target, weight in batches:
-            out = model(images, {of, *(t for r in remedies for t in r.outputs)}, upsample=False)
-            losses.append(weight * task_loss(of, out, target, model.locations(images)))
-            penalty = penalty + sum(r.output_loss(images, out) for r in remedies)
+        for t, x, y, weight in batches:
+            out = model(x, {t, *(old for r in remedies for old in r.outputs)}, upsample=False)
+            losses.append(weight * task_loss(t, out, y, model.locations(x)))
+            share = len(x) / sum(len(batch[1]) for batch in batches)  # of the step's images
+            penalty = penalty + share * sum(r.output_loss(x, out) for r in remedies)
         penalty = penalty + sum(losses[1:]) + sum(r.weight_loss(model, progress) for r in remedies)
     optimizer.zero_grad()
     scaler.scale(losses[0] + penalty).backward()
@@ -170,8 +173,7 @@ def train_step(model, task, images, target, remedies, optimizer, scaler, progres
 
 
 def train_stage(model, task, samples, remedies, args, clock, title, measure=None, others=(), shared_lr=1.0):
-    """Trains `model` on one task, in place -> the stage's history, one dict per epoch. others: the tasks whose images
-    remedies may draw.
+    """Trains `model` on one task, in place -> the stage's history, one dict per epoch. others: tasks that remedies draw.
 
     A fresh optimizer and schedule (linear warm-up over 5 %, then cosine to 0), and randomness seeded anew, so that
     what ran before leaves no trace. Raises UserError, naming the images, if the loss is not finite.
@@ -239,22 +241,21 @@ def single_task(task, args, file, samples, clock, measure):
 def trial_steps(task, sets, args):
     """Training steps of a throw-away model, to be timed -> (images a step, {name: function}, seconds of remember). bare:
     forward, loss, backward and update on a batch that is ready; whole: prepares its own; strategy: with the remedies."""
-    model, remedies, start = new_model(args).train(), build(args), time.perf_counter()
-    for old in TASKS[:TASKS.index(task)]:
-        for remedy in remedies:
-            remedy.remember(old, model, sets[old])
+    model, stored = new_model(args), take(sets[task].batch, slice(None), args.device)
+    remedies, start = build(args), time.perf_counter()
+    for old, remedy in product(TASKS[:TASKS.index(task)], remedies):
+        remedy.remember(old, model, sets[old])
     seconds = time.perf_counter() - start
-    optimizer, scaler = make_optimizer(model, args)
-    stored = take(sets[task].batch, slice(None), args.device)
+    plain, remedied = ((m.train(), *make_optimizer(m, args)) for m in (new_model(args), model))  # `freeze` alters one
 
-    def bare(batch=augment(*take(stored, slice(args.batch_size))), remedies=()):
-        train_step(model, task, *batch, remedies, optimizer, scaler)
+    def bare(batch=augment(*take(stored, slice(args.batch_size))), remedies=(), using=plain):
+        train_step(using[0], task, *batch, remedies, *using[1:])
 
-    def whole(remedies=()):
+    def whole(*how):
         indices = torch.randperm(len(sets[task]), device=args.device)[:args.batch_size]
-        bare(augment(*take(stored, indices)), remedies)
+        bare(augment(*take(stored, indices)), *how)
 
-    steps = {"whole": whole, "bare": bare, "strategy": lambda: whole(remedies)}
+    steps = {"whole": whole, "bare": bare, "strategy": lambda: whole(remedies, remedied)}
     return min(args.batch_size, len(sets[task])), steps, seconds
 
 
@@ -272,10 +273,10 @@ def run(args):
     # The work ahead: baselines that are not cached, and the stages (the first one *is* its baseline unless bn is live)
     files = {t: baseline_file(t, args, digests) for t in TASKS}
     work = sum(args.epochs[s] * len(train[t]) for s, t in enumerate(TASKS) if not files[t].exists())
-    stages, cached = (TASKS[:1], 0) if joint else (TASKS, args.bn == "fixed")  # cached: the first stage is a baseline
+    stages, first = TASKS[:1] if joint else TASKS, 0 if joint or args.bn == "live" else 1  # the first one to train
     others = {t: TASKS[1:] if joint else TASKS[:s] for s, t in enumerate(stages)}
     work += sum(args.epochs[s] * images_per_epoch(args, len(train[t]), others[t], remedies)
-                for s, t in enumerate(stages) if s >= cached)
+                for s, t in enumerate(stages) if s >= first)
     images, steps, _ = trial_steps("seg", train, args)
     clock, seconds = Clock(work), work / images * interleaved({"": steps["whole"]}, 1, args.device)[""][0] / 1000
     print(f"{args.strategy} on {args.data} at {args.image_size} px, seed {args.seed}, {args.device}: {work:,} training "
@@ -293,28 +294,28 @@ def run(args):
         remedies[0].remember(t, model, train[t])
     for stage, task in enumerate(stages):
         begin = time.perf_counter()
-        if stage < cached:
+        if stage < first:
             model.load_state_dict(singles[task]["state"])
             history += singles[task]["history"]
-            stage_seconds.append(singles[task]["seconds"])
+            begin -= singles[task]["seconds"]
         else:
             history += train_stage(model, task, train[task], remedies, args, clock,
                                    "joint" if joint else f"stage {stage + 1} {task}", measure, others[task],
                                    args.shared_lr if stage else 1.0)
-            stage_seconds.append(time.perf_counter() - begin)
         if args.bn == "fixed":
             model.fix_batchnorm()
-        for remedy in remedies if task != stages[-1] else ():
-            remedy.remember(task, model, train[task])
         matrix.append({t: history[-1][t] for t in TASKS})
         save_model(out / "model.pt", model, args.image_size, classes)
         print(f"after stage {stage + 1}: " + ", ".join(f"{NAMES[t]} {matrix[-1][t]:.3f}" for t in TASKS), flush=True)
+        for remedy in remedies if task != stages[-1] else ():
+            remedy.remember(task, model, train[task])
+        stage_seconds.append(time.perf_counter() - begin)
 
     results = {
         "args": vars(args), "data": {"folder": args.data, "sha256": digests}, "classes": classes,
         "params": sum(p.numel() for p in model.parameters()),
         "latency_ms": statistics.median(latencies(model, args.device)["OneHead"]),
-        "seconds": {"baselines": sum(singles[t]["seconds"] for t in TASKS[cached:]),
+        "seconds": {"baselines": sum(singles[t]["seconds"] for t in TASKS[first:]),
                     "stages": sum(stage_seconds), "total": time.perf_counter() - start},
         "device": device_name(args.device), "torch": torch.__version__,
         "tasks": list(TASKS), "metrics": NAMES, "baseline": baseline, "matrix": matrix, "final": matrix[-1],
@@ -337,13 +338,15 @@ def main(argv=None):
             return evaluate_saved(args)
         if not args.seeds:
             return run(args)
-        seeds = {f"{args.out}-seed{seed}": seed for seed in args.seeds}
-        wanted = [out for out in seeds if not (Path(out) / "results.json").exists()]
-        for out in wanted:
-            args = argparse.Namespace(**vars(args) | {"seed": seeds[out], "out": out})
-            run(args)
-        print(f"\n{compare(seeds)}")
-        return [json.loads((Path(out) / "results.json").read_text()) for out in seeds]
+        results = []
+        for seed in args.seeds:
+            one = argparse.Namespace(**vars(args) | {"seed": seed, "out": f"{args.out}-seed{seed}"})
+            saved = Path(one.out) / "results.json"
+            results.append(json.loads(saved.read_text()) if saved.exists() else run(one))
+            if {**results[-1]["args"], "seeds": 0} != {**vars(one), "seeds": 0}:
+                raise UserError(f"--out {one.out}: holds a run with other flags; name another --out.")
+        print(f"\n{compare(f'{args.out}-seed{seed}' for seed in args.seeds)}")
+        return results
     except KeyboardInterrupt:
         if args.benchmark:
             raise UserError("\nInterrupted; nothing was written.")

@@ -68,8 +68,9 @@ class Replay(Remedy):
         self.buffer[task] = take(samples.batch, torch.tensor([*chosen]), self.args.device)
 
     def batches(self):
-        return [(task, *augment(*take(stored, torch.randperm(len(stored[0]), device=self.args.device)[:self.sizes[task]])),
-                 self.weight) for task, stored in self.buffer.items()]
+        drawn = {t: torch.randperm(len(stored[0]), device=self.args.device)[:self.sizes[t]]
+                 for t, stored in self.buffer.items()}
+        return [(t, *augment(*take(self.buffer[t], chosen)), self.weight) for t, chosen in drawn.items()]
 
 
 class Joint(Replay):
@@ -83,7 +84,8 @@ class Joint(Replay):
     def __init__(self, args):
         super().__init__(args)
         self.keep, self.weight = None, 1.0
-        self.sizes = {t: max(1, round(args.batch_size * n / args.epochs[0])) for t, n in zip(TASKS[1:], args.epochs[1:])}
+        self.sizes = {t: max(1, round(args.batch_size * n / args.epochs[0]))
+                      for t, n in zip(TASKS[1:], args.epochs[1:])}
 
 
 class LwF(Remedy):
@@ -94,8 +96,8 @@ class LwF(Remedy):
     The teacher is the model as the last stage left it. It needs no stored image: both see the images of the new task,
     and those that `replay` draws, if it takes part. D is KL for segmentation (the mean over the cells of stride 8) and
     for classification; for detection it is summed over all cells, weighed for box and class by the teacher's
-    confidence, and divided by the sum of these confidences. Nothing is asked of the new task's outputs, which the teacher
-    never learned. Li & Hoiem's warm-up, in which the new rows learn alone, is left out.
+    confidence, and divided by the sum of these confidences. Nothing is asked of the new task's outputs, which the
+    teacher never learned. Li & Hoiem's warm-up, in which the new rows learn alone, is left out.
     """
 
     def __init__(self, args):
@@ -138,9 +140,9 @@ class EWC(Remedy):
 
     θ* are the weights at the end of the old task's stage, F the diagonal of its empirical Fisher information: squared
     gradients of one training image at a time (a square of a mean over images would be another thing), augmented once,
-    at its true labels, in eval mode. An image counts as one observation with the task's own loss as its negative log-likelihood: the
-    mean over pixels, or over objects, as neighbouring pixels are far from independent. So the three tasks' F differ
-    in scale, and so do the λ: one value, or three for (Stage 2: seg), (Stage 3: seg), (Stage 3: det).
+    at its true labels, in eval mode. An image counts as one observation with the task's own loss as its negative
+    log-likelihood: the mean over pixels, or over objects, as neighbouring pixels are far from independent. So the
+    tasks' F differ in scale, and so do the λ: one value, or three for seg in Stage 2, seg in Stage 3, det in Stage 3.
     """
 
     def __init__(self, args):
@@ -156,7 +158,8 @@ class EWC(Remedy):
             loss = task_loss(task, model(images, (task,), upsample=False), target, model.locations(images))
             model.zero_grad()
             loss.backward()
-            fisher += flat(torch.zeros_like(p) if p.grad is None else p.grad for p in parameters).square() / len(samples)
+            gradient = flat(torch.zeros_like(p) if p.grad is None else p.grad for p in parameters)
+            fisher += gradient.square() / len(samples)
         model.zero_grad()
         model.train(training)
         self.terms.append((fisher, flat(parameters).detach()))
@@ -165,8 +168,9 @@ class EWC(Remedy):
         if not self.terms:
             return 0.0
         now, lambdas = flat(model.parameters()), self.args.ewc_lambda[len(self.terms) - 1:]  # Stage 2: [0], 3: [1, 2]
-        ramp = progress if self.args.ewc_ramp else 1.0
-        return ramp * sum(l / 2 * (fisher * (now - then).square()).sum() for l, (fisher, then) in zip(lambdas, self.terms))
+        springs = sum(strength / 2 * (fisher * (now - then).square()).sum()
+                      for strength, (fisher, then) in zip(lambdas, self.terms))
+        return springs * (progress if self.args.ewc_ramp else 1.0)
 
 
 def flat(tensors):
@@ -195,7 +199,8 @@ def add_flags(add):
     add("--replay-weight", type=float, default=1.0, help="weight of a replayed task's loss (default: %(default)s)")
     add("--lwf-weight", type=float, default=1.0, help="weight of the distance to the previous model's outputs "
         "(default: %(default)s)")
-    add("--lwf-temperature", type=float, default=2.0, help="softens the outputs that are compared (default: %(default)s)")
+    add("--lwf-temperature", type=float, default=2.0, help="softens the outputs that are compared "
+        "(default: %(default)s)")
     add("--ewc-lambda", type=float, nargs="+", default=[100.0], help="weight of EWC's terms: one value, or three for "
         "segmentation in Stage 2, segmentation in Stage 3, detection in Stage 3 (default: 100)")
     add("--ewc-ramp", action="store_true", help="let EWC's weight grow from 0 to its full value within each stage")
@@ -219,6 +224,6 @@ def build(args):
     names = [] if args.strategy == "none" else args.strategy.split("+")
     for name in names:
         if name not in REMEDIES or names.count(name) > 1:
-            raise UserError(f"--strategy {args.strategy}: '{name}' is unknown, repeated or not to be joined; choose none, "
-                            f"joint, or any of {', '.join(REMEDIES)} joined with +.")
+            raise UserError(f"--strategy {args.strategy}: '{name}' is unknown, repeated or not to be joined; choose "
+                            f"none, joint, or any of {', '.join(REMEDIES)} joined with +.")
     return [REMEDIES[name](args) for name in names]

@@ -263,11 +263,11 @@ def judge(results):
     own is the score right after the task's own stage. drop compares with the single-task baseline, drop_own with own; a
     task passes if both are at most 5 %. The bonus is every final score at or above its baseline.
 
-    And `continual`, the literature's measures of the matrix R[stage, task], in units of the scores: ACC, the mean of the
-    final scores; BWT, backward transfer, the mean of R[last, j] - R[j, j] over the tasks j before the last (Lopez-Paz &
-    Ranzato 2017, arXiv:1706.08840, section 2); forgetting, the mean of max_l R[l, j] - R[last, j] over the same tasks
-    and the stages l before the last (Chaudhry et al. 2018, arXiv:1801.10112, eq. 3). Joint training has one stage: no R,
-    own is final, and so its verdict looks at the drop alone.
+    And `continual`, the literature's measures of the matrix R[stage, task], in units of the scores: ACC, the mean of
+    the final scores; BWT, backward transfer, the mean of R[last, j] - R[j, j] over the tasks j before the last
+    (Lopez-Paz & Ranzato 2017, arXiv:1706.08840, section 2); forgetting, the mean of max_l R[l, j] - R[last, j] over the
+    same tasks and the stages l before the last (Chaudhry et al. 2018, arXiv:1801.10112, eq. 3). Joint training has one
+    stage: no R, own is final, and so its verdict looks at the drop alone.
     """
     final, baseline, matrix = results["final"], results["baseline"], results["matrix"]
     results["own"] = own = {t: matrix[min(stage, len(matrix) - 1)][t] for stage, t in enumerate(TASKS)}
@@ -275,8 +275,9 @@ def judge(results):
     results["drop_own"] = {t: drop(t, own[t], final[t]) for t in TASKS}
     results["continual"] = {"ACC": statistics.mean(final.values()), "BWT": None, "forgetting": None}
     if len(matrix) > 1:
-        results["continual"]["BWT"] = statistics.mean(final[t] - own[t] for t in TASKS[:-1])
-        results["continual"]["forgetting"] = statistics.mean(max(r[t] for r in matrix[:-1]) - final[t] for t in TASKS[:-1])
+        best = {t: max(row[t] for row in matrix[:-1]) for t in TASKS}
+        results["continual"] |= {"BWT": statistics.mean(final[t] - own[t] for t in TASKS[:-1]),
+                                 "forgetting": statistics.mean(best[t] - final[t] for t in TASKS[:-1])}
     verdict = {t: all(d is not None and d <= MAX_DROP + 1e-9 for d in (results["drop"][t], results["drop_own"][t]))
                for t in TASKS}
     verdict |= {"params": results["params"] < MAX_PARAMS, "latency": results["latency_ms"] <= MAX_LATENCY_MS,
@@ -329,12 +330,14 @@ def compare(folders):
     head = ["strategy", "seeds", *columns, "ACC", "BWT", "forgetting", "pass"]
     lines = [head, ["---"] * len(head)]
     for args, runs in zip(settings, map(list, map(dict.values, groups.values()))):
-        row = [", ".join([args["strategy"], *(f"{k} {v}" for k, v in args.items() if k != "strategy" and str(v) != usual[k])])]
+        unusual = [f"{k} {v}" for k, v in args.items() if k != "strategy" and str(v) != usual[k]]
+        row = [", ".join([args["strategy"], *unusual])]
         row.append(str(len(runs)))
         for t in TASKS:
             row += [cell([r["baseline"][t] for r in runs], ".3f"), cell([r["final"][t] for r in runs], ".3f"),
                     cell([r["drop"][t] for r in runs], "+.1%", "not learned")]
-        row += [cell([r["continual"][k] for r in runs], style) for k, style in zip(head[-4:-1], (".3f", "+.3f", "+.3f"))]
+        for name in head[-4:-1]:
+            row.append(cell([r["continual"][name] for r in runs], ".3f"))
         passed = f"{sum(r['verdict']['all'] for r in runs)}/{len(runs)}"
         lines.append(row + ["–" if args["strategy"] == "joint" else passed])
     if len(lines) == 2:

@@ -44,8 +44,8 @@ def parse(argv):
     add("--out", help="folder of this run, new or unfinished (default: runs/STRATEGY-seedN); with --eval or "
         "--benchmark the JSON file to write (default: eval.json beside the model, benchmark.json)")
     add("--seed", type=int, default=0, help="fixes everything random (default: %(default)s)")
-    add("--seeds", type=int, nargs="+", help="one run for each of these seeds; -seedN is appended to --out, and finished "
-        "ones are skipped")
+    add("--seeds", type=int, nargs="+", help="one run for each of these seeds; -seedN is appended to --out, and "
+        "finished ones are skipped")
     add("--device", default="auto", help="auto, cpu or cuda; auto takes CUDA where there is one (default: %(default)s)")
     add("--weights", help="initial weights: imagenet (torchvision's trunk), none, or a .pth/.pt file "
         "(default: imagenet for photos, none for shapes)")
@@ -55,8 +55,8 @@ def parse(argv):
     add("--lr", type=float, nargs="+", help="peak learning rate of neck and head, one value or three "
         "(default: 0.002 0.002 0.001 for shapes, 0.001 for photos)")
     add("--trunk-lr", type=float, help="the trunk's share of --lr (default: 1.0 for shapes, 0.2 for photos)")
-    add("--shared-lr", type=float, default=1.0, help="the share of --lr that is left to trunk, neck and the head's first "
-        "layer in Stages 2 and 3 (default: %(default)s)")
+    add("--shared-lr", type=float, default=1.0, help="the share of --lr that is left to trunk, neck and the head's "
+        "first layer in Stages 2 and 3 (default: %(default)s)")
     add("--batch-size", type=int, help="images of the current task a step (default: 16 shapes, 8 photos)")
     add("--weight-decay", type=float, default=0.01, help="AdamW's, on all but the output layer (default: %(default)s)")
     add("--bn", choices=["fixed", "live"], default="fixed", help="fixed: BatchNorm statistics are kept once learned; "
@@ -122,8 +122,7 @@ def find_data(name):
 
 def images_per_epoch(args, n, others, remedies):
     """Training images of one epoch over n of the current task, those that remedies draw of the `others` included."""
-    drawn = sum(size for r in remedies for t, size in r.sizes.items() if t in others)
-    return n + drawn * -(-n // args.batch_size)
+    return n + -(-n // args.batch_size) * sum(size for r in remedies for t, size in r.sizes.items() if t in others)
 
 
 def new_model(args):
@@ -144,8 +143,9 @@ def make_optimizer(model, args, shared_lr=1.0):
     """
     groups = {}
     for name, parameter in model.named_parameters():
-        decay = args.weight_decay if parameter.ndim > 1 and not name.startswith("head.2.") else 0.0
-        share = 1.0 if name.startswith("head.2.") else shared_lr * (args.trunk_lr if name.startswith("features.") else 1.0)
+        output, trunk = name.startswith("head.2."), name.startswith("features.")
+        decay = args.weight_decay if parameter.ndim > 1 and not output else 0.0
+        share = 1.0 if output else shared_lr * (args.trunk_lr if trunk else 1.0)
         groups.setdefault((share, decay), []).append(parameter)
     optimizer = torch.optim.AdamW([{"params": parameters, "share": share, "weight_decay": decay}
                                    for (share, decay), parameters in groups.items()], fused=True)
@@ -173,7 +173,7 @@ def train_step(model, task, images, target, remedies, optimizer, scaler, progres
 
 
 def train_stage(model, task, samples, remedies, args, clock, title, measure=None, others=(), shared_lr=1.0):
-    """Trains `model` on one task, in place -> the stage's history, one dict per epoch. others: tasks that remedies draw.
+    """Trains `model` on one task, in place -> the stage's history, one dict per epoch. others: tasks remedies draw.
 
     A fresh optimizer and schedule (linear warm-up over 5 %, then cosine to 0), and randomness seeded anew, so that
     what ran before leaves no trace. Raises UserError, naming the images, if the loss is not finite.
@@ -239,8 +239,8 @@ def single_task(task, args, file, samples, clock, measure):
 
 
 def trial_steps(task, sets, args):
-    """Training steps of a throw-away model, to be timed -> (images a step, {name: function}, seconds of remember). bare:
-    forward, loss, backward and update on a batch that is ready; whole: prepares its own; strategy: with the remedies."""
+    """Training steps of throw-away models -> (images a step, {name: function to be timed}, seconds of remember). bare:
+    forward, loss, backward, update on a batch that is ready; whole: prepares its own; strategy: with the remedies."""
     model, stored = new_model(args), take(sets[task].batch, slice(None), args.device)
     remedies, start = build(args), time.perf_counter()
     for old, remedy in product(TASKS[:TASKS.index(task)], remedies):

@@ -441,7 +441,7 @@ def test_detections_are_per_class_and_sorted():
 
 def settings(**more):
     return SimpleNamespace(**{**dict(seed=0, weights="none", device="cpu", image_size=64, epochs=[1, 1, 1], lr=[1e-3] * 3,
-                                     trunk_lr=1.0, batch_size=4, weight_decay=0.1, eval_every=0, replay_images=10,
+                                     trunk_lr=[1.0] * 3, batch_size=4, weight_decay=0.1, eval_every=0, replay_images=10,
                                      replay_batch=2, replay_weight=1.0, replay_tasks=list(TASKS), strategy="none",
                                      lwf_weight=1.0, lwf_temperature=2.0, ewc_lambda=[1.0, 1.0, 1.0], ewc_ramp=False,
                                      freeze="trunk"), **more})
@@ -984,7 +984,7 @@ def test_joint_training_shows_every_task_as_often_as_its_stage(shapes):
 
 def test_slower_shared_layers_leave_the_output_layer_at_full_speed():
     model = OneHead()
-    groups = train.make_optimizer(model, settings(trunk_lr=0.2), 0.1)[0].param_groups
+    groups = train.make_optimizer(model, "det", settings(trunk_lr=[1.0, 0.2, 1.0]), 0.1)[0].param_groups
     rates = {id(p): g["share"] for g in groups for p in g["params"]}
     for name, p in model.named_parameters():
         assert rates[id(p)] == pytest.approx(1 if name.startswith("head.2") else 0.02 if name.startswith("feat") else 0.1)
@@ -1075,7 +1075,8 @@ def test_defaults_follow_the_data(tmp_path, monkeypatch, capsys):
         (tmp_path / "data" / folder).mkdir(parents=True)
     args = vars(train.parse(["--device", "cpu", "--lr", "0.5"]))
     assert args["data"] == "data" and args["lr"] == [0.5] * 3
-    assert {k: args[k] for k in ("weights", "image_size", "batch_size")} == dict(weights="imagenet", image_size=320, batch_size=8)
+    assert {k: args[k] for k in ("weights", "image_size", "batch_size", "trunk_lr")} == dict(
+        weights="imagenet", image_size=320, batch_size=8, trunk_lr=[0.2, 0.2, 0.05])
     assert vars(train.parse(["--device", "cpu", "--data", "shapes"]))["data"] == train.SHAPES_DIR
 
 

@@ -28,10 +28,10 @@ from metrics import (NAMES, Clock, benchmark, compare, device_name, digest, dura
 from model import OneHead, augment, load_weights, save_model, take
 
 # What depends on the data: drawn shapes are learned from scratch in minutes, photos from an ImageNet trunk.
-DEFAULTS = {"shapes": dict(weights="none", image_size=96, epochs=[22, 22, 16], lr=[2e-3, 2e-3, 1e-3], trunk_lr=1.0,
-                           batch_size=16),
-            "photos": dict(weights="imagenet", image_size=320, epochs=[40, 40, 15], lr=[1e-3], trunk_lr=0.2,
-                           batch_size=8)}
+DEFAULTS = {"shapes": dict(weights="none", image_size=96, epochs=[22, 22, 16], lr=[2e-3, 2e-3, 1e-3],
+                           trunk_lr=[1.0] * 3, batch_size=16),
+            "photos": dict(weights="imagenet", image_size=320, epochs=[40, 40, 15], lr=[1e-3],
+                           trunk_lr=[0.2, 0.2, 0.05], batch_size=8)}
 SHAPES_DIR = ".shapes/v1"  # drawn on first use
 
 
@@ -54,7 +54,7 @@ def parse(argv):
         "(default: 22 22 16 for shapes, 40 40 15 for photos)")
     add("--lr", type=float, nargs="+", help="peak learning rate of neck and head, one value or three "
         "(default: 0.002 0.002 0.001 for shapes, 0.001 for photos)")
-    add("--trunk-lr", type=float, help="the trunk's share of --lr (default: 1.0 for shapes, 0.2 for photos)")
+    add("--trunk-lr", type=float, nargs="+", help="trunk's share of --lr (default: 1 shapes, 0.2 0.2 0.05 photos)")
     add("--shared-lr", type=float, default=1.0, help="the share of --lr that is left to trunk, neck and the head's "
         "first layer in Stages 2 and 3 (default: %(default)s)")
     add("--batch-size", type=int, help="images of the current task a step (default: 16 shapes, 8 photos)")
@@ -86,7 +86,7 @@ def parse(argv):
     for name, value in DEFAULTS["shapes" if args.data == SHAPES_DIR else "photos"].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name in ("epochs", "lr", "ewc_lambda"):
+    for name in ("epochs", "lr", "trunk_lr", "ewc_lambda"):
         values = getattr(args, name)
         if len(values) not in (1, 3) or min(values) <= 0:
             raise UserError(f"--{name.replace('_', '-')} {values}: give one positive value, or three.")
@@ -133,7 +133,7 @@ def new_model(args):
     return model.to(args.device, memory_format=torch.channels_last)
 
 
-def make_optimizer(model, args, shared_lr=1.0):
+def make_optimizer(model, task, args, shared_lr=1.0):
     """AdamW, whose groups carry their share of the learning rate, and the scaler that keeps the gradients of half
     precision (on a GPU) from underflowing. Both work without waiting for a GPU. shared_lr: the share of all but the
     output layer, whose rows belong to one task each.
@@ -145,7 +145,7 @@ def make_optimizer(model, args, shared_lr=1.0):
     for name, parameter in model.named_parameters():
         output, trunk = name.startswith("head.2."), name.startswith("features.")
         decay = args.weight_decay if parameter.ndim > 1 and not output else 0.0
-        share = 1.0 if output else shared_lr * (args.trunk_lr if trunk else 1.0)
+        share = 1.0 if output else shared_lr * (args.trunk_lr[TASKS.index(task)] if trunk else 1.0)
         groups.setdefault((share, decay), []).append(parameter)
     optimizer = torch.optim.AdamW([{"params": parameters, "share": share, "weight_decay": decay}
                                    for (share, decay), parameters in groups.items()], fused=True)
@@ -180,7 +180,7 @@ def train_stage(model, task, samples, remedies, args, clock, title, measure=None
     """
     stage = TASKS.index(task)
     torch.manual_seed(1000 * args.seed + stage + 1)
-    optimizer, scaler = make_optimizer(model, args, shared_lr)
+    optimizer, scaler = make_optimizer(model, task, args, shared_lr)
     stored = take(samples.batch, slice(None), args.device)
     epochs, steps, step, history = args.epochs[stage], -(-len(samples) // args.batch_size), 0, []
     total = epochs * steps
@@ -218,8 +218,8 @@ def baseline_file(task, args, digests):
     stage, here = TASKS.index(task), Path(__file__).parent
     weights = digest(args.weights) if Path(args.weights).is_file() else args.weights
     key = [task, args.epochs[stage], args.lr[stage], weights, digests, torch.get_num_threads(),
-           torch.__version__, torchvision.__version__, PIL.__version__,
-           args.image_size, args.trunk_lr, args.batch_size, args.weight_decay, args.seed, args.device, args.eval_every,
+           torch.__version__, torchvision.__version__, PIL.__version__, args.trunk_lr[stage],
+           args.image_size, args.batch_size, args.weight_decay, args.seed, args.device, args.eval_every,
            digest(*(here / f"{name}.py" for name in ("train", "model", "data", "losses", "metrics")))]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     return Path(args.out).parent / ".baselines" / f"{task}-{name}.pt"
@@ -246,7 +246,7 @@ def trial_steps(task, sets, args):
     for old, remedy in product(TASKS[:TASKS.index(task)], remedies):
         remedy.remember(old, model, sets[old])
     seconds = time.perf_counter() - start
-    plain, remedied = ((m.train(), *make_optimizer(m, args)) for m in (new_model(args), model))  # `freeze` alters one
+    plain, remedied = ((m.train(), *make_optimizer(m, task, args)) for m in (new_model(args), model))  # freeze needs two
 
     def bare(batch=augment(*take(stored, slice(args.batch_size))), remedies=(), using=plain):
         train_step(using[0], task, *batch, remedies, *using[1:])

@@ -3,7 +3,7 @@
     acts on    class            what it adds to a step of a later stage
     data       Replay, Joint    batches()                     old images beside the new ones
     outputs    LwF              output_loss(images, out)      the previous model's answers, to be kept
-    weights    EWC              weight_loss(model, progress)  a spring that holds what old tasks need
+    weights    EWC              weight_loss(model)            a spring that holds what old tasks need
     weights    Freeze           nothing: the trunk, or trunk and neck, stop learning
 
 All of them get remember(task, model, samples) after the stage of `task`, if another stage follows.
@@ -24,7 +24,7 @@ from model import augment, take
 class Remedy:
     """What a remedy does where it does not say otherwise: nothing."""
 
-    outputs = ()  # the tasks whose outputs output_loss compares, on every image of a step
+    outputs = ()  # the tasks whose outputs output_loss compares in this step, on all of its images
     sizes = {}  # images that a step draws, by task
 
     def __init__(self, args):
@@ -32,6 +32,9 @@ class Remedy:
 
     def remember(self, task, model, samples):
         pass
+
+    def begin(self, progress):
+        """Called first in every step. progress: the share of the stage that is done, in (0, 1]."""
 
     def batches(self):
         """Further batches of this step: [(task, images, target, weight of its loss)]."""
@@ -41,8 +44,8 @@ class Remedy:
         """Called for every batch of a step, and weighed by its share of the step's images."""
         return 0.0
 
-    def weight_loss(self, model, progress):
-        """progress: the share of the stage that is done, in (0, 1]."""
+    def weight_loss(self, model):
+        """Called once in every step."""
         return 0.0
 
 
@@ -97,16 +100,22 @@ class LwF(Remedy):
     and those that `replay` draws, if it takes part. D is KL for segmentation (the mean over the cells of stride 8) and
     for classification; for detection it is summed over all cells, weighed for box and class by the teacher's
     confidence, and divided by the sum of these confidences. Nothing is asked of the new task's outputs, which the
-    teacher never learned. Li & Hoiem's warm-up, in which the new rows learn alone, is left out.
+    teacher never learned. Li & Hoiem's warm-up, in which the new rows learn alone, is left out. In Stage 3 only every
+    4th step asks, with four times the weight: alone, classification skips the fine levels of the pyramid, and a step
+    that needs them takes three times as long.
     """
 
     def __init__(self, args):
         super().__init__(args)
-        self.teacher = None
+        self.teacher, self.old, self.every, self.steps = None, (), 1, 0
 
     def remember(self, task, model, samples):
-        self.outputs += (task,)
-        self.teacher = deepcopy(model).eval().requires_grad_(False)
+        self.teacher, self.old = deepcopy(model).eval().requires_grad_(False), (*self.old, task)
+        self.every, self.steps = (1, 4)[len(self.old) - 1], 0
+
+    def begin(self, progress):
+        self.outputs = self.old if self.steps % self.every == 0 else ()
+        self.steps += 1
 
     def divergence(self, logits, taught, dim):
         """T² · KL(teacher ‖ student) of logits softened by the temperature T, over `dim` (Hinton, section 2)."""
@@ -130,7 +139,9 @@ class LwF(Remedy):
             return 0.0
         with torch.no_grad():
             taught = self.teacher(images, self.outputs, upsample=False)
-        return self.args.lwf_weight * sum(self.distance(t, out[t].float(), taught[t].float()) for t in self.outputs)
+        weights = self.args.lwf_weight[len(self.old) - 1:]  # Stage 2: [0], Stage 3: [1, 2]
+        return self.every * sum(weight * self.distance(t, out[t].float(), taught[t].float())
+                                for weight, t in zip(weights, self.outputs))
 
 
 class EWC(Remedy):
@@ -147,7 +158,7 @@ class EWC(Remedy):
 
     def __init__(self, args):
         super().__init__(args)
-        self.terms = []  # of each old task: F and θ*, all parameters in one vector
+        self.terms, self.progress = [], 1.0  # of each old task: √F and √F · θ*, all parameters in one vector
 
     def remember(self, task, model, samples):
         parameters, stored = list(model.parameters()), take(samples.batch, slice(None), self.args.device)
@@ -162,15 +173,18 @@ class EWC(Remedy):
             fisher += gradient.square() / len(samples)
         model.zero_grad()
         model.train(training)
-        self.terms.append((fisher, flat(parameters).detach()))
+        self.terms.append((fisher.sqrt(), fisher.sqrt() * flat(parameters).detach()))
 
-    def weight_loss(self, model, progress):
+    def begin(self, progress):
+        self.progress = progress
+
+    def weight_loss(self, model):
         if not self.terms:
             return 0.0
         now, lambdas = flat(model.parameters()), self.args.ewc_lambda[len(self.terms) - 1:]  # Stage 2: [0], 3: [1, 2]
-        springs = sum(strength / 2 * (fisher * (now - then).square()).sum()
-                      for strength, (fisher, then) in zip(lambdas, self.terms))
-        return springs * (progress if self.args.ewc_ramp else 1.0)
+        springs = sum(strength / 2 * F.mse_loss(root * now, anchor, reduction="sum")  # = λ/2 Σ F (θ - θ*)²
+                      for strength, (root, anchor) in zip(lambdas, self.terms))
+        return springs * (self.progress if self.args.ewc_ramp else 1.0)
 
 
 def flat(tensors):
@@ -197,8 +211,9 @@ def add_flags(add):
     add("--replay-tasks", nargs="+", choices=TASKS, default=list(TASKS), help="old tasks to replay (default: all)")
     add("--replay-batch", type=int, default=4, help="stored images per old task a step (default: %(default)s)")
     add("--replay-weight", type=float, default=1.0, help="weight of a replayed task's loss (default: %(default)s)")
-    add("--lwf-weight", type=float, default=1.0, help="weight of the distance to the previous model's outputs "
-        "(default: %(default)s)")
+    add("--lwf-weight", type=float, nargs="+", default=[2.0, 0.3, 0.3], help="weight of the distance to the previous "
+        "model's outputs: one value, or three for segmentation in Stage 2, segmentation in Stage 3, detection in Stage "
+        "3 (default: 2 0.3 0.3)")
     add("--lwf-temperature", type=float, default=2.0, help="softens the outputs that are compared "
         "(default: %(default)s)")
     add("--ewc-lambda", type=float, nargs="+", default=[100.0], help="weight of EWC's terms: one value, or three for "

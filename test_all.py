@@ -443,7 +443,7 @@ def settings(**more):
     return SimpleNamespace(**{**dict(seed=0, weights="none", device="cpu", image_size=64, epochs=[1, 1, 1], lr=[1e-3] * 3,
                                      trunk_lr=[1.0] * 3, batch_size=4, weight_decay=0.1, eval_every=0, replay_images=10,
                                      replay_batch=2, replay_weight=1.0, replay_tasks=list(TASKS), strategy="none",
-                                     lwf_weight=1.0, lwf_temperature=2.0, ewc_lambda=[1.0, 1.0, 1.0], ewc_ramp=False,
+                                     lwf_weight=[1.0] * 3, lwf_temperature=2.0, ewc_lambda=[1.0, 1.0, 1.0], ewc_ramp=False,
                                      freeze="trunk"), **more})
 
 
@@ -835,7 +835,7 @@ def trained(shapes, task="seg"):
 def test_fisher_is_that_of_a_loop_over_single_images_and_the_penalty_that_of_a_known_displacement(shapes):
     model, samples = trained(shapes), MiniSet(shapes, "det", "train", 64)
     ewc = forgetting.EWC(settings(ewc_lambda=[3.0, 5.0, 7.0]))
-    assert ewc.weight_loss(model, 1) == 0
+    assert ewc.weight_loss(model) == 0
     torch.manual_seed(5)
     ewc.remember("det", model, samples)
     torch.manual_seed(5)
@@ -848,23 +848,24 @@ def test_fisher_is_that_of_a_loop_over_single_images_and_the_penalty_that_of_a_k
             expected[name] = expected[name] + (0 if p.grad is None else p.grad ** 2) / len(samples)
     by_hand = expected["head.0.bias"].sum().item() * 0.1 ** 2 / 2
     expected = torch.cat([(torch.zeros_like(p) + expected[name]).flatten() for name, p in model.named_parameters()])
-    torch.testing.assert_close(ewc.terms[0][0], expected, rtol=1e-3, atol=1e-9)
-    assert expected.count_nonzero() > 100_000 and ewc.weight_loss(model, 1) == 0  # at the anchor
+    torch.testing.assert_close(ewc.terms[0][0] ** 2, expected, rtol=1e-3, atol=1e-9)
+    assert expected.count_nonzero() > 100_000 and ewc.weight_loss(model) == 0  # at the anchor
     with torch.no_grad():
         model.head[0].bias += 0.1
-    assert ewc.weight_loss(model, 1).item() == pytest.approx(3 * by_hand, rel=1e-3) != 0
+    assert ewc.weight_loss(model).item() == pytest.approx(3 * by_hand, rel=1e-3) != 0
     ewc.args.ewc_ramp = True
-    assert ewc.weight_loss(model, 0.25).item() == pytest.approx(0.25 * 3 * by_hand, rel=1e-3)
+    ewc.begin(0.25)
+    assert ewc.weight_loss(model).item() == pytest.approx(0.25 * 3 * by_hand, rel=1e-3)
     ewc.args.ewc_ramp, first = False, ewc.terms[0]
     ewc.remember("seg", model, MiniSet(shapes, "seg", "train", 64))  # a second term beside the first one
-    assert ewc.terms[0] is first and ewc.weight_loss(model, 1).item() == pytest.approx(5 * by_hand, rel=1e-3)
+    assert ewc.terms[0] is first and ewc.weight_loss(model).item() == pytest.approx(5 * by_hand, rel=1e-3)
     with torch.no_grad():
         model.head[0].bias += 0.1  # 0.2 from the first anchor, 0.1 from the second
     at = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("head")) + 128 * 128 * 9
-    second = ewc.terms[1][0][at:at + 128].sum().item() * 0.1 ** 2 / 2
-    assert second > 0 and torch.equal(ewc.terms[0][1][at:at + 128] + 0.1, ewc.terms[1][1][at:at + 128])
-    assert ewc.weight_loss(model, 1).item() == pytest.approx(5 * 4 * by_hand + 7 * second, rel=1e-3)
-    rows = torch.autograd.grad(ewc.weight_loss(model, 1), model.head[2].weight)[0]
+    second = ewc.terms[1][0][at:at + 128].square().sum().item() * 0.1 ** 2 / 2
+    assert second > 0
+    assert ewc.weight_loss(model).item() == pytest.approx(5 * 4 * by_hand + 7 * second, rel=1e-3)
+    rows = torch.autograd.grad(ewc.weight_loss(model), model.head[2].weight)[0]
     assert rows[CLS].count_nonzero() == 0
 
 
@@ -876,14 +877,24 @@ def test_distillation_is_zero_for_an_equal_student_and_reaches_neither_teacher_n
     lwf.remember("seg", model, None)
     with torch.no_grad():
         model.head[0].weight.mul_(1.1)
+    lwf.begin(0.1)
+    assert lwf.outputs == ("seg",)
     lwf.remember("det", model, None)  # the later model teaches both
-    out = model(images, upsample=False)
-    assert lwf.outputs == ("seg", "det") and abs(lwf.output_loss(images, out).item()) < 1e-4
+    out, asked = model(images, upsample=False), []
+    for _ in range(5):
+        lwf.begin(0.1)
+        asked.append(lwf.outputs)
+    assert asked == [("seg", "det"), (), (), (), ("seg", "det")]  # in Stage 3 every 4th step
+    assert abs(lwf.output_loss(images, out).item()) < 1e-4
     before = {k: v.clone() for k, v in lwf.teacher.state_dict().items()}
     with torch.no_grad():
         for p in model.parameters():
             p += 0.02 * torch.randn_like(p)
     loss = lwf.output_loss(images, model(images, upsample=False))
+    out, taught = model(images, upsample=False), lwf.teacher(images, upsample=False)
+    lwf.args.lwf_weight = [5.0, 7.0, 11.0]
+    by_hand = 4 * sum(w * lwf.distance(t, out[t], taught[t]) for w, t in ((7, "seg"), (11, "det")))
+    torch.testing.assert_close(lwf.output_loss(images, out), by_hand)
     loss.backward()
     assert loss > 0.01 and model.head[0].weight.grad.abs().max() > 0
     rows = model.head[2].weight.grad
@@ -926,8 +937,11 @@ class Stub(forgetting.Remedy):
     def output_loss(self, images, out):
         return out["seg"].square().mean()
 
-    def weight_loss(self, model, progress):
-        return progress * model.head[0].weight.square().sum()
+    def begin(self, progress):
+        self.progress = progress
+
+    def weight_loss(self, model):
+        return self.progress * model.head[0].weight.square().sum()
 
 
 def test_a_step_follows_the_gradient_of_loss_and_all_penalties(shapes):

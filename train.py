@@ -86,7 +86,7 @@ def parse(argv):
     for name, value in DEFAULTS["shapes" if args.data == SHAPES_DIR else "photos"].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name in ("epochs", "lr", "trunk_lr", "ewc_lambda"):
+    for name in ("epochs", "lr", "trunk_lr", "lwf_weight", "ewc_lambda"):
         values = getattr(args, name)
         if len(values) not in (1, 3) or min(values) <= 0:
             raise UserError(f"--{name.replace('_', '-')} {values}: give one positive value, or three.")
@@ -137,7 +137,6 @@ def make_optimizer(model, task, args, shared_lr=1.0):
     """AdamW, whose groups carry their share of the learning rate, and the scaler that keeps the gradients of half
     precision (on a GPU) from underflowing. Both work without waiting for a GPU. shared_lr: the share of all but the
     output layer, whose rows belong to one task each.
-
     Weight decay leaves out biases, BatchNorm and the output layer: there it would move the rows of tasks that get
     no gradient, and an old task's rows must stay bit-identical through a stage that does not touch them.
     """
@@ -153,9 +152,10 @@ def make_optimizer(model, task, args, shared_lr=1.0):
 
 
 def train_step(model, task, images, target, remedies, optimizer, scaler, progress=1.0):
-    """One update -> (loss, penalty), detached and left on the device: reading them would make a GPU wait.
-
-    loss: the current task's; penalty: all that remedies add; progress: the share of the stage that is done."""
+    """One update -> (loss of the current task, penalty: all that remedies add), detached and left on the device:
+    reading them would make a GPU wait. progress: the share of the stage that is done, in (0, 1]."""
+    for remedy in remedies:
+        remedy.begin(progress)
     batches = [(task, images, target, 1.0), *(batch for r in remedies for batch in r.batches())]
     with torch.autocast(images.device.type, torch.float16, enabled=scaler.is_enabled()):
         losses, penalty = [], torch.zeros((), device=images.device)
@@ -164,7 +164,7 @@ def train_step(model, task, images, target, remedies, optimizer, scaler, progres
             losses.append(weight * task_loss(t, out, y, model.locations(x)))
             share = len(x) / sum(len(batch[1]) for batch in batches)  # of the step's images
             penalty = penalty + share * sum(r.output_loss(x, out) for r in remedies)
-        penalty = penalty + sum(losses[1:]) + sum(r.weight_loss(model, progress) for r in remedies)
+        penalty = penalty + sum(losses[1:]) + sum(r.weight_loss(model) for r in remedies)
     optimizer.zero_grad()
     scaler.scale(losses[0] + penalty).backward()
     scaler.step(optimizer)

@@ -3,7 +3,7 @@
     acts on    class            what it adds to a step of a later stage
     data       Replay, Joint    batches()                     old images beside the new ones
     outputs    LwF              output_loss(images, out)      the previous model's answers, to be kept
-    weights    EWC              weight_loss(model)            a spring that holds what old tasks need
+    weights    EWC              weight_loss(model, progress)  a spring that holds what old tasks need
     weights    Freeze           nothing: the trunk, or trunk and neck, stop learning
 
 All of them get remember(task, model, samples) after the stage of `task`, if another stage follows.
@@ -24,7 +24,8 @@ from model import augment, take
 class Remedy:
     """What a remedy does where it does not say otherwise: nothing."""
 
-    outputs = ()  # the tasks whose outputs output_loss compares in this step, on all of its images
+    outputs = ()  # the tasks whose outputs output_loss compares,
+    part = 1.0  # and on which part of each batch's images: (0, 1]
     sizes = {}  # images that a step draws, by task
 
     def __init__(self, args):
@@ -32,9 +33,6 @@ class Remedy:
 
     def remember(self, task, model, samples):
         pass
-
-    def begin(self, progress):
-        """Called first in every step. progress: the share of the stage that is done, in (0, 1]."""
 
     def batches(self):
         """Further batches of this step: [(task, images, target, weight of its loss)]."""
@@ -44,8 +42,8 @@ class Remedy:
         """Called for every batch of a step, and weighed by its share of the step's images."""
         return 0.0
 
-    def weight_loss(self, model):
-        """Called once in every step."""
+    def weight_loss(self, model, progress):
+        """progress: the share of the stage that is done, in (0, 1]."""
         return 0.0
 
 
@@ -100,22 +98,18 @@ class LwF(Remedy):
     and those that `replay` draws, if it takes part. D is KL for segmentation (the mean over the cells of stride 8) and
     for classification; for detection it is summed over all cells, weighed for box and class by the teacher's
     confidence, and divided by the sum of these confidences. Nothing is asked of the new task's outputs, which the
-    teacher never learned. Li & Hoiem's warm-up, in which the new rows learn alone, is left out. In Stage 3 only every
-    4th step asks, with four times the weight: alone, classification skips the fine levels of the pyramid, and a step
-    that needs them takes three times as long.
+    teacher never learned. Li & Hoiem's warm-up, in which the new rows learn alone, is left out. In Stage 3 a quarter of
+    each batch is compared: alone, classification skips the fine levels of the pyramid, and images that need them take
+    three times as long.
     """
 
     def __init__(self, args):
         super().__init__(args)
-        self.teacher, self.old, self.every, self.steps = None, (), 1, 0
+        self.teacher = None
 
     def remember(self, task, model, samples):
-        self.teacher, self.old = deepcopy(model).eval().requires_grad_(False), (*self.old, task)
-        self.every, self.steps = (1, 4)[len(self.old) - 1], 0
-
-    def begin(self, progress):
-        self.outputs = self.old if self.steps % self.every == 0 else ()
-        self.steps += 1
+        self.teacher, self.outputs = deepcopy(model).eval().requires_grad_(False), (*self.outputs, task)
+        self.part = (1, 1 / 4)[len(self.outputs) - 1]  # Stage 2, 3
 
     def divergence(self, logits, taught, dim):
         """T² · KL(teacher ‖ student) of logits softened by the temperature T, over `dim` (Hinton, section 2)."""
@@ -139,9 +133,9 @@ class LwF(Remedy):
             return 0.0
         with torch.no_grad():
             taught = self.teacher(images, self.outputs, upsample=False)
-        weights = self.args.lwf_weight[len(self.old) - 1:]  # Stage 2: [0], Stage 3: [1, 2]
-        return self.every * sum(weight * self.distance(t, out[t].float(), taught[t].float())
-                                for weight, t in zip(weights, self.outputs))
+        weights = self.args.lwf_weight[len(self.outputs) - 1:]  # Stage 2: [0], Stage 3: [1, 2]
+        return sum(weight * self.distance(t, out[t].float(), taught[t].float())
+                   for weight, t in zip(weights, self.outputs))
 
 
 class EWC(Remedy):
@@ -158,7 +152,7 @@ class EWC(Remedy):
 
     def __init__(self, args):
         super().__init__(args)
-        self.terms, self.progress = [], 1.0  # of each old task: √F and √F · θ*, all parameters in one vector
+        self.terms = []  # of each old task: √F and √F · θ*, all parameters in one vector
 
     def remember(self, task, model, samples):
         parameters, stored = list(model.parameters()), take(samples.batch, slice(None), self.args.device)
@@ -175,16 +169,13 @@ class EWC(Remedy):
         model.train(training)
         self.terms.append((fisher.sqrt(), fisher.sqrt() * flat(parameters).detach()))
 
-    def begin(self, progress):
-        self.progress = progress
-
-    def weight_loss(self, model):
+    def weight_loss(self, model, progress):
         if not self.terms:
             return 0.0
         now, lambdas = flat(model.parameters()), self.args.ewc_lambda[len(self.terms) - 1:]  # Stage 2: [0], 3: [1, 2]
         springs = sum(strength / 2 * F.mse_loss(root * now, anchor, reduction="sum")  # = λ/2 Σ F (θ - θ*)²
                       for strength, (root, anchor) in zip(lambdas, self.terms))
-        return springs * (self.progress if self.args.ewc_ramp else 1.0)
+        return springs * (progress if self.args.ewc_ramp else 1.0)
 
 
 def flat(tensors):

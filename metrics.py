@@ -22,6 +22,7 @@ from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
 from data import FOLDERS, IGNORE, TASKS, MiniSet, UserError
+from forgetting import REMEDIES
 from model import detections, load_model, normalise, take
 
 NAMES = {"seg": "mIoU", "det": "mAP@50", "cls": "Top-1"}
@@ -192,19 +193,17 @@ def benchmark(model, steps, args):
     """Measures size and speed on this machine -> the dict that it prints and writes to args.out.
 
     steps: {task: (images a step, {"whole", "bare", "strategy": a training step}, seconds that the remedies took to
-    remember the earlier tasks)}, see `train.trial_steps`. Medians of 20 rounds; of the strategy's cost the mean.
+    remember the earlier tasks)}, see `train.trial_steps`. Medians of 20 rounds.
     """
     training = {}
     for task, (images, calls, seconds) in steps.items():
-        times = interleaved(calls, 20, args.device)
-        ms = {name: statistics.median(values) for name, values in times.items()}
-        cost = sum(times["strategy"]) / sum(times["whole"])  # a mean: LwF acts in every 4th step of Stage 3 only
+        ms = {name: statistics.median(times) for name, times in interleaved(calls, 20, args.device).items()}
         training[task] = {"images_per_s": 1000 * images / ms["whole"], "bare_images_per_s": 1000 * images / ms["bare"],
                           "whole_over_bare": ms["whole"] / ms["bare"],
-                          "strategy_over_whole": cost, "remember_s": seconds}
+                          "strategy_over_whole": ms["strategy"] / ms["whole"], "remember_s": seconds}
         print(f"training {task} {training[task]['images_per_s']:7.1f} images/s at {args.image_size} px, "
               f"{ms['whole'] / ms['bare']:.3f} × the time of bare steps; {args.strategy}: × "
-              f"{cost:.3f}, and {seconds:.1f} s to remember", flush=True)
+              f"{ms['strategy'] / ms['whole']:.3f}, and {seconds:.1f} s to remember", flush=True)
     memory = peak_memory(args.device)
     latency = {name: dict(zip(("p50", "p95"), np.percentile(ms, (50, 95)).tolist()))
                for name, ms in latencies(model, args.device, rivals=True).items()}
@@ -307,14 +306,16 @@ def show(results):
 
 
 def compare(folders):
-    """Runs -> a Markdown table: a row per strategy, mean ± std over its seeds. Runs that differ in more than the seed
-    stand in rows of their own, which name the arguments that are not those of most rows."""
+    """Runs -> a Markdown table: a row per strategy, mean ± std over its seeds and how many of them pass. Runs that
+    differ in more than the seed stand in rows of their own, which name the arguments that are not those of most rows."""
     groups = {}
     for folder in folders:
         try:
             results = json.loads((Path(folder) / "results.json").read_text())
             judge(results)
-            args = {k: v for k, v in results["args"].items() if k not in ("seed", "seeds", "out", "data", "eval_every")}
+            others = {*REMEDIES} - {*results["args"]["strategy"].split("+")}  # whose flags, as lwf_weight, did nothing
+            args = {k: v for k, v in results["args"].items() if k.split("_")[0] not in others
+                    and k not in ("seed", "seeds", "out", "data", "eval_every")}
             groups.setdefault(json.dumps([args, results["data"]["sha256"]]), {})[results["args"]["seed"]] = results
         except (OSError, ValueError, KeyError, TypeError) as e:
             print(f"skipped {folder}: no finished run ({type(e).__name__})", file=sys.stderr)
@@ -328,7 +329,7 @@ def compare(folders):
         spread = f" ± {format(statistics.stdev(known), style.lstrip('+'))}" if len(known) > 1 else ""
         return format(statistics.mean(known), style) + spread
 
-    columns = [f"{NAMES[t]} {what}" for t in TASKS for what in ("baseline", "final", "drop")]
+    columns = [f"{NAMES[t]} {what}" for t in TASKS for what in ("baseline", "final", "drop, pass")]
     head = ["strategy", "seeds", *columns, "ACC", "BWT", "forgetting", "pass"]
     lines = [head, ["---"] * len(head)]
     for args, runs in zip(settings, map(list, map(dict.values, groups.values()))):
@@ -337,7 +338,8 @@ def compare(folders):
         row.append(str(len(runs)))
         for t in TASKS:
             row += [cell([r["baseline"][t] for r in runs], ".3f"), cell([r["final"][t] for r in runs], ".3f"),
-                    cell([r["drop"][t] for r in runs], "+.1%", "not learned")]
+                    f"{cell([r['drop'][t] for r in runs], '+.1%', 'not learned')}, "
+                    f"{sum(r['verdict'][t] for r in runs)}/{len(runs)}"]
         for name in head[-4:-1]:
             row.append(cell([r["continual"][name] for r in runs], ".3f"))
         passed = f"{sum(r['verdict']['all'] for r in runs)}/{len(runs)}"

@@ -835,7 +835,7 @@ def trained(shapes, task="seg"):
 def test_fisher_is_that_of_a_loop_over_single_images_and_the_penalty_that_of_a_known_displacement(shapes):
     model, samples = trained(shapes), MiniSet(shapes, "det", "train", 64)
     ewc = forgetting.EWC(settings(ewc_lambda=[3.0, 5.0, 7.0]))
-    assert ewc.weight_loss(model) == 0
+    assert ewc.weight_loss(model, 1) == 0
     torch.manual_seed(5)
     ewc.remember("det", model, samples)
     torch.manual_seed(5)
@@ -849,23 +849,22 @@ def test_fisher_is_that_of_a_loop_over_single_images_and_the_penalty_that_of_a_k
     by_hand = expected["head.0.bias"].sum().item() * 0.1 ** 2 / 2
     expected = torch.cat([(torch.zeros_like(p) + expected[name]).flatten() for name, p in model.named_parameters()])
     torch.testing.assert_close(ewc.terms[0][0] ** 2, expected, rtol=1e-3, atol=1e-9)
-    assert expected.count_nonzero() > 100_000 and ewc.weight_loss(model) == 0  # at the anchor
+    assert expected.count_nonzero() > 100_000 and ewc.weight_loss(model, 1) == 0  # at the anchor
     with torch.no_grad():
         model.head[0].bias += 0.1
-    assert ewc.weight_loss(model).item() == pytest.approx(3 * by_hand, rel=1e-3) != 0
+    assert ewc.weight_loss(model, 1).item() == pytest.approx(3 * by_hand, rel=1e-3) != 0
     ewc.args.ewc_ramp = True
-    ewc.begin(0.25)
-    assert ewc.weight_loss(model).item() == pytest.approx(0.25 * 3 * by_hand, rel=1e-3)
+    assert ewc.weight_loss(model, 0.25).item() == pytest.approx(0.25 * 3 * by_hand, rel=1e-3)
     ewc.args.ewc_ramp, first = False, ewc.terms[0]
     ewc.remember("seg", model, MiniSet(shapes, "seg", "train", 64))  # a second term beside the first one
-    assert ewc.terms[0] is first and ewc.weight_loss(model).item() == pytest.approx(5 * by_hand, rel=1e-3)
+    assert ewc.terms[0] is first and ewc.weight_loss(model, 1).item() == pytest.approx(5 * by_hand, rel=1e-3)
     with torch.no_grad():
         model.head[0].bias += 0.1  # 0.2 from the first anchor, 0.1 from the second
     at = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("head")) + 128 * 128 * 9
     second = ewc.terms[1][0][at:at + 128].square().sum().item() * 0.1 ** 2 / 2
     assert second > 0
-    assert ewc.weight_loss(model).item() == pytest.approx(5 * 4 * by_hand + 7 * second, rel=1e-3)
-    rows = torch.autograd.grad(ewc.weight_loss(model), model.head[2].weight)[0]
+    assert ewc.weight_loss(model, 1).item() == pytest.approx(5 * 4 * by_hand + 7 * second, rel=1e-3)
+    rows = torch.autograd.grad(ewc.weight_loss(model, 1), model.head[2].weight)[0]
     assert rows[CLS].count_nonzero() == 0
 
 
@@ -877,15 +876,10 @@ def test_distillation_is_zero_for_an_equal_student_and_reaches_neither_teacher_n
     lwf.remember("seg", model, None)
     with torch.no_grad():
         model.head[0].weight.mul_(1.1)
-    lwf.begin(0.1)
-    assert lwf.outputs == ("seg",)
+    assert (lwf.outputs, lwf.part) == (("seg",), 1)
     lwf.remember("det", model, None)  # the later model teaches both
-    out, asked = model(images, upsample=False), []
-    for _ in range(5):
-        lwf.begin(0.1)
-        asked.append(lwf.outputs)
-    assert asked == [("seg", "det"), (), (), (), ("seg", "det")]  # in Stage 3 every 4th step
-    assert abs(lwf.output_loss(images, out).item()) < 1e-4
+    out = model(images, upsample=False)
+    assert (lwf.outputs, lwf.part) == (("seg", "det"), 1 / 4) and abs(lwf.output_loss(images, out).item()) < 1e-4
     before = {k: v.clone() for k, v in lwf.teacher.state_dict().items()}
     with torch.no_grad():
         for p in model.parameters():
@@ -893,7 +887,7 @@ def test_distillation_is_zero_for_an_equal_student_and_reaches_neither_teacher_n
     loss = lwf.output_loss(images, model(images, upsample=False))
     out, taught = model(images, upsample=False), lwf.teacher(images, upsample=False)
     lwf.args.lwf_weight = [5.0, 7.0, 11.0]
-    by_hand = 4 * sum(w * lwf.distance(t, out[t], taught[t]) for w, t in ((7, "seg"), (11, "det")))
+    by_hand = sum(w * lwf.distance(t, out[t], taught[t]) for w, t in ((7, "seg"), (11, "det")))
     torch.testing.assert_close(lwf.output_loss(images, out), by_hand)
     loss.backward()
     assert loss > 0.01 and model.head[0].weight.grad.abs().max() > 0
@@ -937,19 +931,19 @@ class Stub(forgetting.Remedy):
     def output_loss(self, images, out):
         return out["seg"].square().mean()
 
-    def begin(self, progress):
-        self.progress = progress
-
-    def weight_loss(self, model):
-        return self.progress * model.head[0].weight.square().sum()
+    def weight_loss(self, model, progress):
+        return progress * model.head[0].weight.square().sum()
 
 
-def test_a_step_follows_the_gradient_of_loss_and_all_penalties(shapes):
+@pytest.mark.parametrize("part", [1.0, 0.5])
+def test_a_step_follows_the_gradient_of_loss_and_all_penalties(shapes, part, monkeypatch):
+    monkeypatch.setattr(Stub, "part", part)
     model, (images, target), (old, labels) = trained(shapes), step_batches(shapes, "det", 4), step_batches(shapes, "cls", 2)
     out, replayed = model(images, upsample=False), model(old, upsample=False)
     loss = losses.det_loss(out["det"], target, model.locations(images))
     penalty = 3 * F.cross_entropy(replayed["cls"], labels["labels"][:, 0]) + 0.25 * model.head[0].weight.square().sum()
-    penalty = penalty + 4 / 6 * out["seg"].square().mean() + 2 / 6 * replayed["seg"].square().mean()
+    compared = out["seg"][:int(4 * part)], replayed["seg"][:int(2 * part)]
+    penalty = penalty + 4 / 6 * compared[0].square().mean() + 2 / 6 * compared[1].square().mean()
     parameters = list(model.parameters())
     gradients = torch.autograd.grad(loss + penalty, parameters)
     before = [p.detach().clone() for p in parameters]
@@ -1128,6 +1122,11 @@ def test_compare_prints_a_row_per_strategy(shapes, finished, tmp_path):
     (second / "results.json").write_text(json.dumps(old | {"args": old["args"] | {"seed": 0}}))
     rows = [line.split(" |")[0] for line in metrics.compare([second, third]).splitlines()[2:]]
     assert rows == ["| replay", "| replay, replay_images 3"]
+    for seed, weight in enumerate((1.0, 2.0)):  # flags of a remedy that takes no part make no row of their own
+        other = old["args"] | {"strategy": "none", "seed": seed, "lwf_weight": [weight] * 3}
+        metrics.write_json(tmp_path / f"none{seed}" / "results.json", old | {"args": other})
+    row = metrics.compare([tmp_path / "none0", tmp_path / "none1"]).splitlines()[2]
+    assert row.startswith("| none | 2 |") and row.count("/2 |") == 4  # seeds that pass: of each task, and of all
     (second / "results.json").write_text(json.dumps(json.loads((finished[0] / "results.json").read_text()) | {"args": {
         **finished[1]["args"], "seed": 1}}))
     lines = metrics.compare([finished[0], second, third]).splitlines()

@@ -62,8 +62,7 @@ def parse(argv):
     add("--bn", choices=["fixed", "live"], default="fixed", help="fixed: BatchNorm statistics are kept once learned; "
         "live: they follow every stage's images, for comparison (default: %(default)s)")
     add_flags(add)
-    add("--eval-every", type=int, default=0, help="epochs between measurements of all tasks, for display only "
-        "(default: at the end of each stage)")
+    add("--eval-every", type=int, default=0, help="epochs between measurements, for display only (default: a stage's end)")
     add("--tasks", nargs="+", choices=[*TASKS, "all"], default=["all"], help="with --eval: which (default: all)")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--eval", metavar="MODEL", help="measure this model.pt on the val split of --data instead of training")
@@ -154,17 +153,19 @@ def make_optimizer(model, task, args, shared_lr=1.0):
 def train_step(model, task, images, target, remedies, optimizer, scaler, progress=1.0):
     """One update -> (loss of the current task, penalty: all that remedies add), detached and left on the device:
     reading them would make a GPU wait. progress: the share of the stage that is done, in (0, 1]."""
-    for remedy in remedies:
-        remedy.begin(progress)
     batches = [(task, images, target, 1.0), *(batch for r in remedies for batch in r.batches())]
+    asked, part = {old for r in remedies for old in r.outputs}, min([1.0, *(r.part for r in remedies)])
     with torch.autocast(images.device.type, torch.float16, enabled=scaler.is_enabled()):
         losses, penalty = [], torch.zeros((), device=images.device)
         for t, x, y, weight in batches:
-            out = model(x, {t, *(old for r in remedies for old in r.outputs)}, upsample=False)
-            losses.append(weight * task_loss(t, out, y, model.locations(x)))
+            n = math.ceil(part * len(x))  # images whose old outputs remedies compare; of the others t alone is asked
+            out = model(x[:n], {t, *asked}, upsample=False)
             share = len(x) / sum(len(batch[1]) for batch in batches)  # of the step's images
-            penalty = penalty + share * sum(r.output_loss(x, out) for r in remedies)
-        penalty = penalty + sum(losses[1:]) + sum(r.weight_loss(model) for r in remedies)
+            penalty = penalty + share * sum(r.output_loss(x[:n], out) for r in remedies)
+            if n < len(x):
+                out[t] = torch.cat([out[t], model(x[n:], (t,), upsample=False)[t]])
+            losses.append(weight * task_loss(t, out, y, model.locations(x)))
+        penalty = penalty + sum(losses[1:]) + sum(r.weight_loss(model, progress) for r in remedies)
     optimizer.zero_grad()
     scaler.scale(losses[0] + penalty).backward()
     scaler.step(optimizer)
@@ -174,7 +175,6 @@ def train_step(model, task, images, target, remedies, optimizer, scaler, progres
 
 def train_stage(model, task, samples, remedies, args, clock, title, measure=None, others=(), shared_lr=1.0):
     """Trains `model` on one task, in place -> the stage's history, one dict per epoch. others: tasks remedies draw.
-
     A fresh optimizer and schedule (linear warm-up over 5 %, then cosine to 0), and randomness seeded anew, so that
     what ran before leaves no trace. Raises UserError, naming the images, if the loss is not finite.
     """

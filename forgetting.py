@@ -202,13 +202,13 @@ def add_flags(add):
     add("--replay-tasks", nargs="+", choices=TASKS, default=list(TASKS), help="old tasks to replay (default: all)")
     add("--replay-batch", type=int, default=4, help="stored images per old task a step (default: %(default)s)")
     add("--replay-weight", type=float, default=1.0, help="weight of a replayed task's loss (default: %(default)s)")
-    add("--lwf-weight", type=float, nargs="+", default=[2.0, 0.3, 0.3], help="weight of the distance to the previous "
-        "model's outputs: one value, or three for segmentation in Stage 2, segmentation in Stage 3, detection in Stage "
-        "3 (default: 2 0.3 0.3)")
+    add("--lwf-weight", type=float, nargs="+", default=[0.3], help="weight of the distance to the previous model's "
+        "outputs: one value, or three for segmentation in Stage 2, segmentation in Stage 3, detection in Stage 3 "
+        "(default: 0.3, tuned for ewc+lwf; lwf alone: 5 1 1)")
     add("--lwf-temperature", type=float, default=2.0, help="softens the outputs that are compared "
         "(default: %(default)s)")
-    add("--ewc-lambda", type=float, nargs="+", default=[100.0], help="weight of EWC's terms: one value, or three for "
-        "segmentation in Stage 2, segmentation in Stage 3, detection in Stage 3 (default: 100)")
+    add("--ewc-lambda", type=float, nargs="+", default=[3e4, 3e4, 1e3], help="weight of EWC's terms: one value, or "
+        "three as above (default: 30000 30000 1000)")
     add("--ewc-ramp", action="store_true", help="let EWC's weight grow from 0 to its full value within each stage")
     add("--freeze", choices=["trunk", "neck"], default="trunk", help="what `freeze` holds after Stage 1: the trunk, or "
         "trunk and neck (default: %(default)s)")

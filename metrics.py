@@ -306,21 +306,24 @@ def show(results):
 
 
 def compare(folders):
-    """Runs -> a Markdown table: a row per strategy, mean ± std over its seeds and how many of them pass. Runs that
-    differ in more than the seed stand in rows of their own, which name the arguments that are not those of most rows."""
-    groups = {}
+    """Runs -> a Markdown table: a row per strategy, mean ± std over its seeds, and how many of them pass (see `judge`).
+    Runs that differ in more than the seed stand in rows of their own, which name the arguments that most runs do not
+    share; flags of remedies that take no part make no difference."""
+    groups, all_args = {}, []
     for folder in folders:
         try:
             results = json.loads((Path(folder) / "results.json").read_text())
             judge(results)
-            others = {*REMEDIES} - {*results["args"]["strategy"].split("+")}  # whose flags, as lwf_weight, did nothing
-            args = {k: v for k, v in results["args"].items() if k.split("_")[0] not in others
-                    and k not in ("seed", "seeds", "out", "data", "eval_every")}
-            groups.setdefault(json.dumps([args, results["data"]["sha256"]]), {})[results["args"]["seed"]] = results
+            args = {k: v for k, v in results["args"].items() if k not in ("seed", "seeds", "out", "data", "eval_every")}
+            idle = {*REMEDIES} - {*args["strategy"].split("+")}  # their flags, as lwf_weight, did nothing
+            acting = {k: v for k, v in args.items() if k.split("_")[0] not in idle}
+            groups.setdefault(json.dumps([acting, results["data"]["sha256"]]), {})[results["args"]["seed"]] = results
+            all_args.append(args)
         except (OSError, ValueError, KeyError, TypeError) as e:
             print(f"skipped {folder}: no finished run ({type(e).__name__})", file=sys.stderr)
     settings = [json.loads(key)[0] for key in groups]
-    usual = {k: statistics.mode(str(s[k]) for s in settings if k in s) for s in settings for k in s}
+    usual = {k: statistics.mode(str(args[k]) for args in all_args if k in args)
+             for args in all_args for k in args}
 
     def cell(values, style, missing="–"):
         known = [v for v in values if v is not None]
@@ -329,21 +332,21 @@ def compare(folders):
         spread = f" ± {format(statistics.stdev(known), style.lstrip('+'))}" if len(known) > 1 else ""
         return format(statistics.mean(known), style) + spread
 
-    columns = [f"{NAMES[t]} {what}" for t in TASKS for what in ("baseline", "final", "drop, pass")]
-    head = ["strategy", "seeds", *columns, "ACC", "BWT", "forgetting", "pass"]
+    columns = [f"{NAMES[t]} {what}" for t in TASKS for what in ("baseline", "final", "drop", "pass")]
+    head = ["strategy", "seeds", *columns, "ACC", "BWT", "forgetting", "all pass"]
     lines = [head, ["---"] * len(head)]
     for args, runs in zip(settings, map(list, map(dict.values, groups.values()))):
         unusual = [f"{k} {v}" for k, v in args.items() if k != "strategy" and str(v) != usual[k]]
-        row = [", ".join([args["strategy"], *unusual])]
-        row.append(str(len(runs)))
+        row = [", ".join([args["strategy"], *unusual]), str(len(runs))]
+        passes = {key: f"{sum(r['verdict'][key] for r in runs)}/{len(runs)}" for key in (*TASKS, "all")}
+        if args["strategy"] == "joint":  # a target, not a contestant
+            passes = dict.fromkeys(passes, "–")
         for t in TASKS:
             row += [cell([r["baseline"][t] for r in runs], ".3f"), cell([r["final"][t] for r in runs], ".3f"),
-                    f"{cell([r['drop'][t] for r in runs], '+.1%', 'not learned')}, "
-                    f"{sum(r['verdict'][t] for r in runs)}/{len(runs)}"]
-        for name in head[-4:-1]:
+                    cell([r["drop"][t] for r in runs], "+.1%", "not learned"), passes[t]]
+        for name in ("ACC", "BWT", "forgetting"):
             row.append(cell([r["continual"][name] for r in runs], ".3f"))
-        passed = f"{sum(r['verdict']['all'] for r in runs)}/{len(runs)}"
-        lines.append(row + ["–" if args["strategy"] == "joint" else passed])
+        lines.append([*row, passes["all"]])
     if len(lines) == 2:
         raise UserError("No finished run among the folders; pass run folders that hold a results.json, as in runs/*.")
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -877,6 +877,10 @@ def test_distillation_is_zero_for_an_equal_student_and_reaches_neither_teacher_n
     with torch.no_grad():
         model.head[0].weight.mul_(1.1)
     assert (lwf.outputs, lwf.part) == (("seg",), 1)
+    changed = {"seg": model(images, ("seg",), upsample=False)["seg"] + torch.randn(21, 1, 1)}
+    once = lwf.output_loss(images, changed)
+    lwf.args.lwf_weight = [5.0, 7.0, 11.0]  # Stage 2, Stage 3 twice
+    torch.testing.assert_close(lwf.output_loss(images, changed), 5 * once)
     lwf.remember("det", model, None)  # the later model teaches both
     out = model(images, upsample=False)
     assert (lwf.outputs, lwf.part) == (("seg", "det"), 1 / 4) and abs(lwf.output_loss(images, out).item()) < 1e-4
@@ -886,7 +890,6 @@ def test_distillation_is_zero_for_an_equal_student_and_reaches_neither_teacher_n
             p += 0.02 * torch.randn_like(p)
     loss = lwf.output_loss(images, model(images, upsample=False))
     out, taught = model(images, upsample=False), lwf.teacher(images, upsample=False)
-    lwf.args.lwf_weight = [5.0, 7.0, 11.0]
     by_hand = sum(w * lwf.distance(t, out[t], taught[t]) for w, t in ((7, "seg"), (11, "det")))
     torch.testing.assert_close(lwf.output_loss(images, out), by_hand)
     loss.backward()
@@ -942,7 +945,7 @@ def test_a_step_follows_the_gradient_of_loss_and_all_penalties(shapes, part, mon
     out, replayed = model(images, upsample=False), model(old, upsample=False)
     loss = losses.det_loss(out["det"], target, model.locations(images))
     penalty = 3 * F.cross_entropy(replayed["cls"], labels["labels"][:, 0]) + 0.25 * model.head[0].weight.square().sum()
-    compared = out["seg"][:int(4 * part)], replayed["seg"][:int(2 * part)]
+    compared = out["seg"][:int(4 * part)], replayed["seg"]
     penalty = penalty + 4 / 6 * compared[0].square().mean() + 2 / 6 * compared[1].square().mean()
     parameters = list(model.parameters())
     gradients = torch.autograd.grad(loss + penalty, parameters)
@@ -1118,15 +1121,21 @@ def test_compare_prints_a_row_per_strategy(shapes, finished, tmp_path):
     third = tmp_path / "fewer"
     train.main(flags(shapes, third, "--replay-images", "3"))
     old = json.loads((second / "results.json").read_text())  # of a version that knew neither this flag nor that measure
-    del old["args"]["ewc_lambda"], old["continual"]
+    del old["args"]["shared_lr"], old["continual"]
     (second / "results.json").write_text(json.dumps(old | {"args": old["args"] | {"seed": 0}}))
     rows = [line.split(" |")[0] for line in metrics.compare([second, third]).splitlines()[2:]]
     assert rows == ["| replay", "| replay, replay_images 3"]
-    for seed, weight in enumerate((1.0, 2.0)):  # flags of a remedy that takes no part make no row of their own
-        other = old["args"] | {"strategy": "none", "seed": seed, "lwf_weight": [weight] * 3}
-        metrics.write_json(tmp_path / f"none{seed}" / "results.json", old | {"args": other})
-    row = metrics.compare([tmp_path / "none0", tmp_path / "none1"]).splitlines()[2]
-    assert row.startswith("| none | 2 |") and row.count("/2 |") == 4  # seeds that pass: of each task, and of all
+    results, folders = finished[1], [tmp_path / str(i) for i in range(5)]
+    chosen = (("none", 1.0), ("none", 2.0), ("none", 1.0), ("lwf", 2.0), ("joint", 1.0))
+    for seed, (folder, (strategy, weight)) in enumerate(zip(folders, chosen)):
+        final = results["baseline"] if seed else dict.fromkeys(results["final"], 0.0)
+        metrics.write_json(folder / "results.json", results | {"final": final, "matrix": [final] * 3, "args": {
+            **results["args"], "strategy": strategy, "seed": seed, "lwf_weight": [weight] * 3}})
+    rows = [[cell.strip() for cell in line.split("|")] for line in metrics.compare(folders).splitlines()[2:]]
+    assert [row[1:3] for row in rows] == [["none", "3"], ["lwf, lwf_weight [2.0, 2.0, 2.0]", "1"], ["joint", "1"]]
+    learned = [results["baseline"][task] >= metrics.LEARNED[task] for task in data.TASKS]
+    assert [row[6:15:4] for row in rows] == [[f"{2 * ok}/3" for ok in learned], [f"{int(ok)}/1" for ok in learned], ["–"] * 3]
+    assert rows[2][-2] == "–"
     (second / "results.json").write_text(json.dumps(json.loads((finished[0] / "results.json").read_text()) | {"args": {
         **finished[1]["args"], "seed": 1}}))
     lines = metrics.compare([finished[0], second, third]).splitlines()
@@ -1164,7 +1173,8 @@ def test_wrong_use_ends_in_one_sentence(shapes, finished, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     for wrong, sentence in ((["--data", "nowhere"], "nowhere"), (["--strategy", "prayer"], "prayer"),
                             (["--strategy", "joint+ewc"], "joint"), (["--strategy", "ewc+ewc"], "repeated"),
-                            (["--ewc-lambda", "1", "2"], "one positive value, or three"), (["--lwf-temperature", "0"], "above 0"),
+                            (["--ewc-lambda", "1", "2"], "one positive value, or three"),
+                            (["--lwf-weight", "1", "2"], "one positive value, or three"), (["--lwf-temperature", "0"], "above 0"),
                             (["--replay-images", "11"], "at most 10"), (["--epochs", "1", "2"], "one positive value, or three"),
                             (["--image-size", "100"], "multiple of 32"), (["--out", str(finished[0])], "finished run"),
                             (["--weights", "none.pth"], "none.pth"), (["--device", "abacus"], "abacus"),

@@ -62,7 +62,7 @@ def parse(argv):
     add("--bn", choices=["fixed", "live"], default="fixed", help="fixed: BatchNorm statistics are kept once learned; "
         "live: they follow every stage's images, for comparison (default: %(default)s)")
     add_flags(add)
-    add("--eval-every", type=int, default=0, help="epochs between measurements, for display only (default: a stage's end)")
+    add("--eval-every", type=int, default=0, help="epochs between measurements, for display (default: a stage's end)")
     add("--tasks", nargs="+", choices=[*TASKS, "all"], default=["all"], help="with --eval: which (default: all)")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--eval", metavar="MODEL", help="measure this model.pt on the val split of --data instead of training")
@@ -154,11 +154,11 @@ def train_step(model, task, images, target, remedies, optimizer, scaler, progres
     """One update -> (loss of the current task, penalty: all that remedies add), detached and left on the device:
     reading them would make a GPU wait. progress: the share of the stage that is done, in (0, 1]."""
     batches = [(task, images, target, 1.0), *(batch for r in remedies for batch in r.batches())]
-    asked, part = {old for r in remedies for old in r.outputs}, min([1.0, *(r.part for r in remedies)])
+    asked, part = {old for r in remedies for old in r.outputs}, min((r.part for r in remedies), default=1.0)
     with torch.autocast(images.device.type, torch.float16, enabled=scaler.is_enabled()):
         losses, penalty = [], torch.zeros((), device=images.device)
         for t, x, y, weight in batches:
-            n = math.ceil(part * len(x))  # images whose old outputs remedies compare; of the others t alone is asked
+            n = math.ceil(part * len(x)) if t == task else len(x)  # on the other images t alone is asked for
             out = model(x[:n], {t, *asked}, upsample=False)
             share = len(x) / sum(len(batch[1]) for batch in batches)  # of the step's images
             penalty = penalty + share * sum(r.output_loss(x[:n], out) for r in remedies)

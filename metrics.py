@@ -307,23 +307,21 @@ def show(results):
 
 def compare(folders):
     """Runs -> a Markdown table: a row per strategy, mean ± std over its seeds, and how many of them pass (see `judge`).
-    Runs that differ in more than the seed stand in rows of their own, which name the arguments that most runs do not
-    share; flags of remedies that take no part make no difference."""
-    groups, all_args = {}, []
+    Runs that differ in more than the seed stand in rows of their own, which name the arguments that are not those of
+    most rows; flags of remedies that take no part do not count."""
+    groups = {}
     for folder in folders:
         try:
             results = json.loads((Path(folder) / "results.json").read_text())
             judge(results)
-            args = {k: v for k, v in results["args"].items() if k not in ("seed", "seeds", "out", "data", "eval_every")}
-            idle = {*REMEDIES} - {*args["strategy"].split("+")}  # their flags, as lwf_weight, did nothing
-            acting = {k: v for k, v in args.items() if k.split("_")[0] not in idle}
-            groups.setdefault(json.dumps([acting, results["data"]["sha256"]]), {})[results["args"]["seed"]] = results
-            all_args.append(args)
+            idle = {*REMEDIES} - {*results["args"]["strategy"].split("+")}  # their flags, as lwf_weight, did nothing
+            args = {k: v for k, v in results["args"].items() if k.split("_")[0] not in idle
+                    and k not in ("seed", "seeds", "out", "data", "eval_every")}
+            groups.setdefault(json.dumps([args, results["data"]["sha256"]]), {})[results["args"]["seed"]] = results
         except (OSError, ValueError, KeyError, TypeError) as e:
             print(f"skipped {folder}: no finished run ({type(e).__name__})", file=sys.stderr)
     settings = [json.loads(key)[0] for key in groups]
-    usual = {k: statistics.mode(str(args[k]) for args in all_args if k in args)
-             for args in all_args for k in args}
+    usual = {k: statistics.multimode(str(s[k]) for s in settings if k in s) for s in settings for k in s}
 
     def cell(values, style, missing="–"):
         known = [v for v in values if v is not None]
@@ -336,7 +334,7 @@ def compare(folders):
     head = ["strategy", "seeds", *columns, "ACC", "BWT", "forgetting", "all pass"]
     lines = [head, ["---"] * len(head)]
     for args, runs in zip(settings, map(list, map(dict.values, groups.values()))):
-        unusual = [f"{k} {v}" for k, v in args.items() if k != "strategy" and str(v) != usual[k]]
+        unusual = [f"{k} {v}" for k, v in args.items() if k != "strategy" and [str(v)] != usual[k]]
         row = [", ".join([args["strategy"], *unusual]), str(len(runs))]
         passes = {key: f"{sum(r['verdict'][key] for r in runs)}/{len(runs)}" for key in (*TASKS, "all")}
         if args["strategy"] == "joint":  # a target, not a contestant

@@ -1124,22 +1124,23 @@ def test_compare_prints_a_row_per_strategy(shapes, finished, tmp_path):
     del old["args"]["shared_lr"], old["continual"]
     (second / "results.json").write_text(json.dumps(old | {"args": old["args"] | {"seed": 0}}))
     rows = [line.split(" |")[0] for line in metrics.compare([second, third]).splitlines()[2:]]
-    assert rows == ["| replay", "| replay, replay_images 3"]
-    results, folders = finished[1], [tmp_path / str(i) for i in range(5)]
-    chosen = (("none", 1.0), ("none", 2.0), ("none", 1.0), ("lwf", 2.0), ("joint", 1.0))
+    assert rows == ["| replay, replay_images 10", "| replay, replay_images 3"]
+    results, folders = finished[1], [tmp_path / str(i) for i in range(6)]
+    chosen = (("none", 1.0), ("none", 2.0), ("none", 1.0), ("lwf", 2.0), ("replay+lwf", 1.0), ("joint", 1.0))
     for seed, (folder, (strategy, weight)) in enumerate(zip(folders, chosen)):
         final = results["baseline"] if seed else dict.fromkeys(results["final"], 0.0)
         metrics.write_json(folder / "results.json", results | {"final": final, "matrix": [final] * 3, "args": {
             **results["args"], "strategy": strategy, "seed": seed, "lwf_weight": [weight] * 3}})
     rows = [[cell.strip() for cell in line.split("|")] for line in metrics.compare(folders).splitlines()[2:]]
-    assert [row[1:3] for row in rows] == [["none", "3"], ["lwf, lwf_weight [2.0, 2.0, 2.0]", "1"], ["joint", "1"]]
+    assert [row[1:3] for row in rows] == [["none", "3"], ["lwf, lwf_weight [2.0, 2.0, 2.0]", "1"],
+                                         ["replay+lwf, lwf_weight [1.0, 1.0, 1.0]", "1"], ["joint", "1"]]
     learned = [results["baseline"][task] >= metrics.LEARNED[task] for task in data.TASKS]
-    assert [row[6:15:4] for row in rows] == [[f"{2 * ok}/3" for ok in learned], [f"{int(ok)}/1" for ok in learned], ["–"] * 3]
-    assert rows[2][-2] == "–"
+    assert [row[6:15:4] for row in rows] == [[f"{2 * ok}/3" for ok in learned], *[[f"{int(ok)}/1" for ok in learned]] * 2, ["–"] * 3]
+    assert rows[3][-2] == "–"
     (second / "results.json").write_text(json.dumps(json.loads((finished[0] / "results.json").read_text()) | {"args": {
         **finished[1]["args"], "seed": 1}}))
     lines = metrics.compare([finished[0], second, third]).splitlines()
-    assert [line.split(" |")[:2] for line in lines[2:]] == [["| replay", " 2"],
+    assert [line.split(" |")[:2] for line in lines[2:]] == [["| replay, replay_images 10", " 2"],
                                                             ["| replay, replay_images 3", " 1"]]
 
 

@@ -172,7 +172,7 @@ class EWC(Remedy):
     def weight_loss(self, model, progress):
         if not self.terms:
             return 0.0
-        # As (√F θ - √F θ*)² this takes a third less time: fewer passes over all parameters, in each step
+        # As (√F θ - √F θ*)²: fewer passes over all parameters, in each step
         now, lambdas = flat(model.parameters()), self.args.ewc_lambda[len(self.terms) - 1:]  # Stage 2: [0], 3: [1, 2]
         springs = sum(strength / 2 * F.mse_loss(root * now, anchor, reduction="sum")  # λ/2 Σ F (θ - θ*)²
                       for strength, (root, anchor) in zip(lambdas, self.terms))

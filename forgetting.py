@@ -152,7 +152,7 @@ class EWC(Remedy):
 
     def __init__(self, args):
         super().__init__(args)
-        self.terms = []  # of each old task: √F and √F · θ*, all parameters in one vector
+        self.terms = []  # of each old task: F and θ*, all parameters in one vector
 
     def remember(self, task, model, samples):
         parameters, stored = list(model.parameters()), take(samples.batch, slice(None), self.args.device)
@@ -167,16 +167,23 @@ class EWC(Remedy):
             fisher += gradient.square() / len(samples)
         model.zero_grad()
         model.train(training)
-        self.terms.append((fisher.sqrt(), fisher.sqrt() * flat(parameters).detach()))
+        self.terms.append((fisher, flat(parameters).detach()))
+        # Springs on one weight add up to one spring and a constant, so that a step pays for one, however many tasks:
+        # Σ λF (θ - θ*)² = S (θ - c)² + Σ λF (c - θ*)²  with S = Σ λF, c = Σ λF θ* / S
+        lambdas = self.args.ewc_lambda[len(self.terms) - 1:]  # Stage 2: [0], Stage 3: [1, 2]
+        springs = [(strength * fisher.double(), anchor) for strength, (fisher, anchor) in zip(lambdas, self.terms)]
+        stiffness = sum(spring for spring, _ in springs)
+        centre = (sum(spring * anchor for spring, anchor in springs) / stiffness.clamp(min=1e-99)).float()
+        self.constant = sum((spring * (centre - anchor).square()).sum() for spring, anchor in springs).float() / 2
+        self.root = stiffness.sqrt().float()
+        self.pull = self.root * centre
 
     def weight_loss(self, model, progress):
         if not self.terms:
             return 0.0
-        # As (√F θ - √F θ*)²: fewer passes over all parameters, in each step
-        now, lambdas = flat(model.parameters()), self.args.ewc_lambda[len(self.terms) - 1:]  # Stage 2: [0], 3: [1, 2]
-        springs = sum(strength / 2 * F.mse_loss(root * now, anchor, reduction="sum")  # λ/2 Σ F (θ - θ*)²
-                      for strength, (root, anchor) in zip(lambdas, self.terms))
-        return springs * (progress if self.args.ewc_ramp else 1.0)
+        # S (θ - c)² as (√S θ - √S c)²: fewer passes over all parameters
+        energy = F.mse_loss(self.root * flat(model.parameters()), self.pull, reduction="sum") / 2 + self.constant
+        return energy * (progress if self.args.ewc_ramp else 1.0)
 
 
 def flat(tensors):

@@ -306,7 +306,7 @@ def show(results):
 
 
 def compare(folders):
-    """Runs -> a Markdown table: a row per strategy, mean ± std over its seeds, and how many of them pass (see `judge`).
+    """Runs -> a Markdown table: a row per strategy, mean ± std over its seeds, and how many of them pass (`judge`).
     Runs that differ in more than the seed stand in rows of their own, which name the arguments that are not those of
     most rows; flags of remedies that take no part do not count."""
     groups = {}

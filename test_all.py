@@ -1167,7 +1167,8 @@ def test_several_seeds_in_one_command(shapes, tmp_path, capsys):
     assert train.main(flags(shapes, out, "--strategy", "none", "--seeds", "0", "1"))[1]["matrix"] == results[1]["matrix"]
     assert "seed 0" not in capsys.readouterr().out  # the finished one was left alone
     with pytest.raises(UserError, match="some-seed0: holds a run with other flags"):
-        train.main(flags(shapes, out, "--strategy", "ewc", "--seeds", "0", "1"))
+        train.main(flags(shapes, out, "--strategy", "ewc", "--seeds", "2", "0"))
+    assert not (tmp_path / "some-seed2").exists()  # said before anything is trained
 
 
 def test_wrong_use_ends_in_one_sentence(shapes, finished, tmp_path, monkeypatch):

@@ -54,7 +54,7 @@ def parse(argv):
         "(default: 22 22 16 for shapes, 40 40 15 for photos)")
     add("--lr", type=float, nargs="+", help="peak learning rate of neck and head, one value or three "
         "(default: 0.002 0.002 0.001 for shapes, 0.001 for photos)")
-    add("--trunk-lr", type=float, nargs="+", help="trunk's share of --lr, one or three (default: 1; photos 0.2 0.2 0.05)")
+    add("--trunk-lr", type=float, nargs="+", help="trunk's share of it, one or three (default: 1; photos 0.2 0.2 0.05)")
     add("--shared-lr", type=float, default=1.0, help="the share of --lr that is left to trunk, neck and the head's "
         "first layer in Stages 2 and 3 (default: %(default)s)")
     add("--batch-size", type=int, help="images of the current task a step (default: 16 shapes, 8 photos)")
@@ -246,7 +246,7 @@ def trial_steps(task, sets, args):
     for old, remedy in product(TASKS[:TASKS.index(task)], remedies):
         remedy.remember(old, model, sets[old])
     seconds = time.perf_counter() - start
-    plain, remedied = ((m.train(), *make_optimizer(m, task, args)) for m in (new_model(args), model))  # freeze needs two
+    plain, remedied = ((m.train(), *make_optimizer(m, task, args)) for m in (new_model(args), model))  # for freeze
 
     def bare(batch=augment(*take(stored, slice(args.batch_size))), remedies=(), using=plain):
         train_step(using[0], task, *batch, remedies, *using[1:])
@@ -338,14 +338,14 @@ def main(argv=None):
             return evaluate_saved(args)
         if not args.seeds:
             return run(args)
-        results = []
-        for seed in args.seeds:
-            one = argparse.Namespace(**vars(args) | {"seed": seed, "out": f"{args.out}-seed{seed}"})
-            saved = Path(one.out) / "results.json"
-            results.append(json.loads(saved.read_text()) if saved.exists() else run(one))
-            if {**results[-1]["args"], "seeds": 0} != {**vars(one), "seeds": 0}:
+        runs = [argparse.Namespace(**vars(args) | {"seed": s, "out": f"{args.out}-seed{s}"}) for s in args.seeds]
+        saved = {one.out: Path(one.out) / "results.json" for one in runs}
+        finished = {out: json.loads(file.read_text()) for out, file in saved.items() if file.exists()}
+        for one in runs:  # before the first of them takes its hours
+            if one.out in finished and {**finished[one.out]["args"], "seeds": 0} != {**vars(one), "seeds": 0}:
                 raise UserError(f"--out {one.out}: holds a run with other flags; name another --out.")
-        print(f"\n{compare(f'{args.out}-seed{seed}' for seed in args.seeds)}")
+        results = [finished.get(one.out) or run(one) for one in runs]
+        print(f"\n{compare(saved)}")
         return results
     except KeyboardInterrupt:
         if args.benchmark:

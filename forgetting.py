@@ -146,8 +146,9 @@ class EWC(Remedy):
     θ* are the weights at the end of the old task's stage, F the diagonal of its empirical Fisher information: squared
     gradients of one training image at a time (a square of a mean over images would be another thing), augmented once,
     at its true labels, in eval mode. An image counts as one observation with the task's own loss as its negative
-    log-likelihood: the mean over pixels, or over objects, as neighbouring pixels are far from independent. So the
-    tasks' F differ in scale, and so do the λ: one value, or three for seg in Stage 2, seg in Stage 3, det in Stage 3.
+    log-likelihood: the mean over pixels, or over objects, as neighbouring pixels are far from independent; one whose
+    objects have all left the window is none. So the tasks' F differ in scale, and so do the λ: one value, or three for
+    seg in Stage 2, seg in Stage 3, det in Stage 3.
     """
 
     def __init__(self, args):
@@ -156,34 +157,40 @@ class EWC(Remedy):
 
     def remember(self, task, model, samples):
         parameters, stored = list(model.parameters()), take(samples.batch, slice(None), self.args.device)
-        training, fisher = model.training, torch.zeros_like(flat(parameters))
+        fisher = torch.zeros_like(flat(parameters))
         model.eval()
         for i in range(len(samples)):
             images, target = augment(*take(stored, slice(i, i + 1)))
+            if task == "det" and (target["labels"] < 0).all():
+                continue  # a mean over no objects would here be a sum over all cells, and outweigh all other images
             loss = task_loss(task, model(images, (task,), upsample=False), target, model.locations(images))
             model.zero_grad()
             loss.backward()
             gradient = flat(torch.zeros_like(p) if p.grad is None else p.grad for p in parameters)
             fisher += gradient.square() / len(samples)
         model.zero_grad()
-        model.train(training)
         self.terms.append((fisher, flat(parameters).detach()))
-        # Springs on one weight add up to one spring and a constant, so that a step pays for one, however many tasks:
-        # Σ λF (θ - θ*)² = S (θ - c)² + Σ λF (c - θ*)²  with S = Σ λF, c = Σ λF θ* / S
         lambdas = self.args.ewc_lambda[len(self.terms) - 1:]  # Stage 2: [0], Stage 3: [1, 2]
-        springs = [(strength * fisher.double(), anchor) for strength, (fisher, anchor) in zip(lambdas, self.terms)]
-        stiffness = sum(spring for spring, _ in springs)
-        centre = (sum(spring * anchor for spring, anchor in springs) / stiffness.clamp(min=1e-99)).float()
-        self.constant = sum((spring * (centre - anchor).square()).sum() for spring, anchor in springs).float() / 2
-        self.root = stiffness.sqrt().float()
-        self.pull = self.root * centre
+        self.spring = add_springs([(times * fisher, anchor) for times, (fisher, anchor) in zip(lambdas, self.terms)])
 
     def weight_loss(self, model, progress):
         if not self.terms:
             return 0.0
-        # S (θ - c)² as (√S θ - √S c)²: fewer passes over all parameters
-        energy = F.mse_loss(self.root * flat(model.parameters()), self.pull, reduction="sum") / 2 + self.constant
+        stiffness, centre, constant = self.spring
+        energy = (stiffness * (flat(model.parameters()) - centre).square()).sum() / 2 + constant
         return energy * (progress if self.args.ewc_ramp else 1.0)
+
+
+def add_springs(springs):
+    """Springs on the same weights are one spring and a constant, so that a step pays for one, however many old tasks.
+
+    [(stiffness k, rest position a)] -> (K, c, constant) such that ½ Σ k (θ - a)² = ½ K (θ - c)² + constant.
+    """
+    springs = [(k.double(), a.double()) for k, a in springs]
+    total = sum(k for k, _ in springs)
+    centre = (sum(k * a for k, a in springs) / total.clamp(min=1e-99)).float()  # where nothing pulls, total is 0
+    constant = sum((k * (centre - a).square()).sum() for k, a in springs) / 2
+    return total.float(), centre, constant.float()
 
 
 def flat(tensors):
@@ -210,13 +217,13 @@ def add_flags(add):
     add("--replay-tasks", nargs="+", choices=TASKS, default=list(TASKS), help="old tasks to replay (default: all)")
     add("--replay-batch", type=int, default=4, help="stored images per old task a step (default: %(default)s)")
     add("--replay-weight", type=float, default=1.0, help="weight of a replayed task's loss (default: %(default)s)")
-    add("--lwf-weight", type=float, nargs="+", default=[0.3], help="weight of the distance to the previous model's "
-        "outputs: one value, or three for segmentation in Stage 2, segmentation in Stage 3, detection in Stage 3 "
-        "(default: 0.3, tuned for ewc+lwf; lwf alone: 5 1 1)")
+    add("--lwf-weight", type=float, nargs="+", help="weight of the distance to the previous model's outputs: one "
+        "value, or three for segmentation in Stage 2, segmentation in Stage 3, detection in Stage 3 (default: 0.3 "
+        "beside ewc, else 5 1 1)")
     add("--lwf-temperature", type=float, default=2.0, help="softens the outputs that are compared "
         "(default: %(default)s)")
-    add("--ewc-lambda", type=float, nargs="+", default=[3e4, 3e4, 1e3], help="weight of EWC's terms: one value, or "
-        "three as above (default: 30000 30000 1000)")
+    add("--ewc-lambda", type=float, nargs="+", default=[3e4, 3e4, 2e3], help="weight of EWC's terms: one value, or "
+        "three as above (default: 30000 30000 2000)")
     add("--ewc-ramp", action="store_true", help="let EWC's weight grow from 0 to its full value within each stage")
     add("--freeze", choices=["trunk", "neck"], default="trunk", help="what `freeze` holds after Stage 1: the trunk, or "
         "trunk and neck (default: %(default)s)")
@@ -231,6 +238,8 @@ def build(args):
         raise UserError(f"--replay-images {args.replay_images}: the rules allow at most 10 stored images per old task.")
     if args.replay_batch < 1:
         raise UserError(f"--replay-batch {args.replay_batch}: must be at least 1.")
+    if args.replay_weight < 0:
+        raise UserError(f"--replay-weight {args.replay_weight}: must not be negative.")
     if args.lwf_temperature <= 0:
         raise UserError(f"--lwf-temperature {args.lwf_temperature}: must be above 0.")
     if args.strategy == "joint":
@@ -241,3 +250,8 @@ def build(args):
             raise UserError(f"--strategy {args.strategy}: '{name}' is unknown, repeated or not to be joined; choose "
                             f"none, joint, or any of {', '.join(REMEDIES)} joined with +.")
     return [REMEDIES[name](args) for name in names]
+
+
+def images_per_epoch(args, n, others, remedies):
+    """Training images of one epoch over n of the current task, those that remedies draw of the `others` included."""
+    return n + -(-n // args.batch_size) * sum(size for r in remedies for t, size in r.sizes.items() if t in others)

@@ -85,8 +85,7 @@ def evaluate(model, splits, device, batch_size=8):
     result = {}
     for task, split in splits.items():
         counts, found, correct = np.zeros((21, 21), np.int64), [], 0
-        for start in range(0, len(split), batch_size):
-            part = slice(start, start + batch_size)
+        for part in (slice(start, start + batch_size) for start in range(0, len(split), batch_size)):
             images, target = take(split.batch, part, device)
             out, truth = model(normalise(images), (task,), upsample=False)[task], split.truth[part]
             if task == "cls":
@@ -109,14 +108,12 @@ def evaluate(model, splits, device, batch_size=8):
 
 def evaluate_saved(args):
     """Measures the model of `--eval` on the val split of a folder in the layout -> the dict that it writes as JSON."""
-    model, size, classes = load_model(args.eval)
-    root = Path(args.data)
+    (model, size, classes), root = load_model(args.eval), Path(args.data)
     tasks = [t for t in TASKS if t in args.tasks or ("all" in args.tasks and (root / FOLDERS[t]).is_dir())]
     if not tasks:
         raise UserError(f"--data {root}: holds none of {', '.join(FOLDERS.values())}; name a folder in that layout.")
-    for t in TASKS:
-        if "all" in args.tasks and t not in tasks:
-            print(f"{root / FOLDERS[t]} is missing: {NAMES[t]} is not measured")
+    for t in [t for t in TASKS if "all" in args.tasks and t not in tasks]:
+        print(f"{root / FOLDERS[t]} is missing: {NAMES[t]} is not measured")
     val = {t: MiniSet(root, t, "val", size, classes[t], skip_unknown=True) for t in tasks}
     measured = evaluate(model.to(args.device, memory_format=torch.channels_last), val, args.device)
     result = {key: measured.get(key) for key in (*TASKS, "map_50_95")} | {"n": {t: len(val[t]) for t in tasks}}
@@ -214,9 +211,9 @@ def benchmark(model, steps, args):
     print("three networks together: {:.2f} × OneHead as they come, {:.2f} × in channels_last".format(*ratios))
     result = {"args": vars(args), "device": device_name(args.device), "torch": torch.__version__,
               "parameters": sum(p.numel() for p in model.parameters()), "latency_ms": latency, "training": training,
-              "rivals_over_ours": ratios, "peak_memory_gib": memory and memory / 2**30}
-    known = f"{memory / 2**30:.2f} GiB" if memory else "unknown"
-    print(f"{result['parameters']:,} parameters, peak memory while training {known}, {result['device']}")
+              "rivals_over_ours": ratios, "peak_memory_gib": memory and round(memory / 2**30, 2)}
+    print(f"{result['parameters']:,} parameters, peak memory while training {result['peak_memory_gib'] or 'unknown'} "
+          f"GiB, {result['device']}")
     write_json(args.out, result)
     print(f"Wrote {args.out}")
     return result
@@ -305,48 +302,56 @@ def show(results):
     return "\n".join(rows + [f"all: {state['all']}" + " with bonus" * results["bonus"]])
 
 
+def acting(args):
+    """The arguments that bear on a run's scores: not its seed and places, nor flags of remedies that took no part."""
+    idle = {*REMEDIES, "seed", "seeds", "out", "data", "eval"} - {*args["strategy"].split("+")}
+    return {k: v for k, v in args.items() if k.split("_")[0] not in idle}
+
+
+def load_run(folder):
+    """A finished run's results, judged by today's rules, and `common`, what its seeds agree in. Raises UserError."""
+    try:
+        results = json.loads((Path(folder) / "results.json").read_text())
+        judge(results)
+        data = [digest[:6] for digest in results["data"]["sha256"].values()]
+        return results | {"common": acting(results["args"]) | {"data": data}}
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{folder}: holds no results.json of a finished run ({type(e).__name__}).")
+
+
 def compare(folders):
     """Runs -> a Markdown table: a row per strategy, mean ± std over its seeds, and how many of them pass (`judge`).
-    Runs that differ in more than the seed stand in rows of their own, which name the arguments that are not those of
-    most rows; flags of remedies that take no part do not count."""
-    groups = {}
+    Runs that differ in more than the seed have rows of their own, which name what is not that of most rows."""
+    groups = {}  # {seed: results} of runs that have all else in common; of two with one seed the last counts
     for folder in folders:
         try:
-            results = json.loads((Path(folder) / "results.json").read_text())
-            judge(results)
-            idle = {*REMEDIES} - {*results["args"]["strategy"].split("+")}  # their flags, as lwf_weight, did nothing
-            args = {k: v for k, v in results["args"].items() if k.split("_")[0] not in idle
-                    and k not in ("seed", "seeds", "out", "data", "eval_every")}
-            groups.setdefault(json.dumps([args, results["data"]["sha256"]]), {})[results["args"]["seed"]] = results
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            print(f"skipped {folder}: no finished run ({type(e).__name__})", file=sys.stderr)
-    settings = [json.loads(key)[0] for key in groups]
-    usual = {k: statistics.multimode(str(s[k]) for s in settings if k in s) for s in settings for k in s}
+            results = load_run(folder)
+            groups.setdefault(json.dumps(results["common"]), {})[results["args"]["seed"]] = results
+        except UserError as e:
+            print(f"skipped {e}", file=sys.stderr)
+    settings = [json.loads(key) for key in groups]
+    if not groups:
+        raise UserError("No finished run among the folders; pass run folders that hold a results.json, as in runs/*.")
+    usual = {k: statistics.multimode(str(s[k]) for s in settings if k in s) for one in settings for k in one}
 
     def cell(values, style, missing="–"):
         known = [v for v in values if v is not None]
-        if not known:
-            return missing
         spread = f" ± {format(statistics.stdev(known), style.lstrip('+'))}" if len(known) > 1 else ""
-        return format(statistics.mean(known), style) + spread
+        spread += f" ({len(known)} seeds)" * (len(known) < len(values))
+        return format(statistics.mean(known), style) + spread if known else missing
 
-    columns = [f"{NAMES[t]} {what}" for t in TASKS for what in ("baseline", "final", "drop", "pass")]
-    head = ["strategy", "seeds", *columns, "ACC", "BWT", "forgetting", "all pass"]
-    lines = [head, ["---"] * len(head)]
-    for args, runs in zip(settings, map(list, map(dict.values, groups.values()))):
-        unusual = [f"{k} {v}" for k, v in args.items() if k != "strategy" and [str(v)] != usual[k]]
-        row = [", ".join([args["strategy"], *unusual]), str(len(runs))]
-        passes = {key: f"{sum(r['verdict'][key] for r in runs)}/{len(runs)}" for key in (*TASKS, "all")}
-        if args["strategy"] == "joint":  # a target, not a contestant
-            passes = dict.fromkeys(passes, "–")
+    columns = [f"{NAMES[t]} {what}" for t in TASKS for what in ("baseline", "final", "drop", "drop_own", "pass")]
+    lines = [head := ["strategy", "seeds", *columns, "ACC", "BWT", "forgetting", "all pass"], ["---"] * len(head)]
+    for common, runs in zip(settings, ([*group.values()] for group in groups.values())):
+        unusual = [f"{k} {v}" for k, v in common.items() if k != "strategy" and [str(v)] != usual[k]]
+        row = [", ".join([common["strategy"], *unusual]), str(len(runs))]
+        passes = {key: f"{sum(r['verdict'][key] for r in runs)}/{len(runs)}"
+                  if common["strategy"] != "joint" else "–" for key in (*TASKS, "all")}  # joint is a target
         for t in TASKS:
-            row += [cell([r["baseline"][t] for r in runs], ".3f"), cell([r["final"][t] for r in runs], ".3f"),
-                    cell([r["drop"][t] for r in runs], "+.1%", "not learned"), passes[t]]
-        for name in ("ACC", "BWT", "forgetting"):
-            row.append(cell([r["continual"][name] for r in runs], ".3f"))
+            row += [cell([r[key][t] for r in runs], ".3f") for key in ("baseline", "final")]
+            row += [cell([r[k][t] for r in runs], "+.1%", "not learned") for k in ("drop", "drop_own")] + [passes[t]]
+        row += [cell([r["continual"][name] for r in runs], ".3f") for name in ("ACC", "BWT", "forgetting")]
         lines.append([*row, passes["all"]])
-    if len(lines) == 2:
-        raise UserError("No finished run among the folders; pass run folders that hold a results.json, as in runs/*.")
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

@@ -470,10 +470,13 @@ def test_fixed_batchnorm_is_bit_identical_after_an_epoch_and_live_is_not(shapes)
     assert any(not torch.equal(before[k], v) for k, v in model.named_buffers())
 
 
-def test_output_rows_of_other_tasks_are_bit_identical_after_a_stage(shapes):
-    model = train.new_model(settings())
+@pytest.mark.parametrize("held", [(), ("seg",), ("seg", "cls")])
+def test_output_rows_of_other_tasks_are_bit_identical_after_a_stage(shapes, held):
+    model, ewc = train.new_model(settings()), forgetting.EWC(settings())
+    for task in held:  # its spring holds these rows where they are: they start at their rest position
+        ewc.remember(task, model, MiniSet(shapes, task, "train", 64))
     before = {k: v.clone() for k, v in model.head[2].named_parameters()}
-    one_stage(model, "det", shapes)
+    one_stage(model, "det", shapes, [ewc])
     for name, value in model.head[2].named_parameters():
         assert torch.equal(value[SEG], before[name][SEG]) and torch.equal(value[CLS], before[name][CLS])
         assert not torch.equal(value[DET], before[name][DET])
@@ -836,8 +839,12 @@ def test_fisher_is_that_of_a_loop_over_single_images_and_the_penalty_that_of_a_k
     model, samples = trained(shapes), MiniSet(shapes, "det", "train", 64)
     ewc = forgetting.EWC(settings(ewc_lambda=[3.0, 5.0, 7.0]))
     assert ewc.weight_loss(model, 1) == 0
+    statistics_before = buffers(model)
+    model.free_batchnorm()
+    model.train()
     torch.manual_seed(5)
-    ewc.remember("det", model, samples)
+    ewc.remember("det", model, samples)  # in eval mode
+    assert all(torch.equal(statistics_before[k], v) for k, v in model.named_buffers())
     torch.manual_seed(5)
     expected, model = {name: 0 for name, _ in model.named_parameters()}, model.eval()
     for i in range(len(samples)):
@@ -850,6 +857,10 @@ def test_fisher_is_that_of_a_loop_over_single_images_and_the_penalty_that_of_a_k
     expected = torch.cat([(torch.zeros_like(p) + expected[name]).flatten() for name, p in model.named_parameters()])
     torch.testing.assert_close(ewc.terms[0][0], expected, rtol=1e-3, atol=1e-9)
     assert expected.count_nonzero() > 100_000 and ewc.weight_loss(model, 1) == 0  # at the anchor
+    blind, empty = forgetting.EWC(settings()), MiniSet(shapes, "det", "train", 64)
+    empty.batch[1]["labels"][:] = -1
+    blind.remember("det", model, empty)
+    assert not blind.terms[0][0].any()  # an image whose objects left the window tells nothing
     with torch.no_grad():
         model.head[0].bias += 0.1
     assert ewc.weight_loss(model, 1).item() == pytest.approx(3 * by_hand, rel=1e-3) != 0
@@ -909,6 +920,17 @@ def test_divergences_by_hand():
     lwf.args.lwf_temperature = 2.0
     soft = taught.div(2).softmax(1)[0]
     assert lwf.distance("cls", now, taught).item() == pytest.approx(4 * (soft * (2 * soft).log()).sum().item(), rel=1e-5)
+    torch.manual_seed(0)
+    now, taught = torch.randn(2, 2, 6, 15)  # of detection, cell by cell
+    now[..., 2:4], taught[..., 2:4], total, confidences = 4, 4, 0, 0
+    for a, b in zip(now.flatten(0, 1), taught.flatten(0, 1)):
+        q, p = a[4].sigmoid(), b[4].sigmoid()
+        kept = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+        boxes = generalized_box_iou_loss(*(torch.cat([v[:2] - v[2:4] / 2, v[:2] + v[2:4] / 2]) for v in (a, b)))
+        classes = 4 * F.kl_div((a[5:] / 2).log_softmax(0), (b[5:] / 2).softmax(0), reduction="sum")
+        total, confidences = total + kept + p * (2 * boxes + classes), confidences + p
+    assert confidences > 2
+    torch.testing.assert_close(lwf.distance("det", now, taught), total / confidences, rtol=1e-4, atol=1e-5)
     cell = torch.tensor([8.0, 8, 4, 4, 20, *[0] * 10])  # confidence 1
     other = cell.clone()
     other[:2] = 10
@@ -1100,7 +1122,7 @@ def test_same_seed_same_numbers_and_another_seed_others(shapes, finished, tmp_pa
 
 
 @pytest.mark.parametrize("strategy, bn", [("none", "fixed"), ("none", "live"), ("replay", "live"), ("ewc", "fixed"),
-                                          ("lwf", "fixed"), ("freeze", "live"), ("replay+lwf", "fixed"),
+                                          ("lwf", "fixed"), ("freeze", "live"), ("ewc+lwf", "fixed"),
                                           ("ewc+freeze+replay", "fixed"), ("joint", "fixed")])
 def test_every_strategy_runs_and_shares_the_baselines(shapes, finished, strategy, bn, capsys):
     out = finished[0].parent / f"{strategy}-{bn}"
@@ -1135,8 +1157,10 @@ def test_compare_prints_a_row_per_strategy(shapes, finished, tmp_path):
     assert [row[1:3] for row in rows] == [["none", "3"], ["lwf, lwf_weight [2.0, 2.0, 2.0]", "1"],
                                          ["replay+lwf, lwf_weight [1.0, 1.0, 1.0]", "1"], ["joint", "1"]]
     learned = [results["baseline"][task] >= metrics.LEARNED[task] for task in data.TASKS]
-    assert [row[6:15:4] for row in rows] == [[f"{2 * ok}/3" for ok in learned], *[[f"{int(ok)}/1" for ok in learned]] * 2, ["–"] * 3]
+    assert [row[7:18:5] for row in rows] == [[f"{2 * ok}/3" for ok in learned], *[[f"{int(ok)}/1" for ok in learned]] * 2, ["–"] * 3]
     assert rows[3][-2] == "–"
+    metrics.write_json(tmp_path / "sampled/results.json", results | {"data": {"sha256": {"seg": "abcdefgh"}}})
+    assert "replay, data ['abcdef']" in metrics.compare([finished[0], tmp_path / "sampled"])
     (second / "results.json").write_text(json.dumps(json.loads((finished[0] / "results.json").read_text()) | {"args": {
         **finished[1]["args"], "seed": 1}}))
     lines = metrics.compare([finished[0], second, third]).splitlines()
@@ -1166,18 +1190,24 @@ def test_several_seeds_in_one_command(shapes, tmp_path, capsys):
     shutil.rmtree(tmp_path / "some-seed1")
     assert train.main(flags(shapes, out, "--strategy", "none", "--seeds", "0", "1"))[1]["matrix"] == results[1]["matrix"]
     assert "seed 0" not in capsys.readouterr().out  # the finished one was left alone
-    with pytest.raises(UserError, match="some-seed0: holds a run with other flags"):
+    with pytest.raises(UserError, match="holds a run with another strategy;"):
         train.main(flags(shapes, out, "--strategy", "ewc", "--seeds", "2", "0"))
     assert not (tmp_path / "some-seed2").exists()  # said before anything is trained
+    assert len(train.main(flags(shapes, out, "--strategy", "none", "--seeds", "1", "1", "--lwf-weight", "7"))) == 1  # idle
+    (tmp_path / "some-seed0/results.json").write_text('{"args"')
+    with pytest.raises(UserError, match="some-seed0: holds no results.json of a finished run"):
+        train.main(flags(shapes, out, "--strategy", "none", "--seeds", "0"))
 
 
 def test_wrong_use_ends_in_one_sentence(shapes, finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for wrong, sentence in ((["--data", "nowhere"], "nowhere"), (["--strategy", "prayer"], "prayer"),
                             (["--strategy", "joint+ewc"], "joint"), (["--strategy", "ewc+ewc"], "repeated"),
-                            (["--ewc-lambda", "1", "2"], "one positive value, or three"),
-                            (["--lwf-weight", "1", "2"], "one positive value, or three"), (["--lwf-temperature", "0"], "above 0"),
-                            (["--replay-images", "11"], "at most 10"), (["--epochs", "1", "2"], "one positive value, or three"),
+                            (["--ewc-lambda", "1", "2"], "one value, or three, of at least 0"),
+                            (["--lwf-weight", "1", "-2", "1"], "one value, or three, of at least 0"),
+                            (["--lwf-temperature", "0"], "above 0"), (["--replay-weight", "-1"], "not be negative"),
+                            (["--replay-images", "11"], "at most 10"), (["--epochs", "0"], "of at least 1"),
+                            (["--shared-lr", "-1"], "--shared-lr"),
                             (["--image-size", "100"], "multiple of 32"), (["--out", str(finished[0])], "finished run"),
                             (["--weights", "none.pth"], "none.pth"), (["--device", "abacus"], "abacus"),
                             (["--out", __file__], "must be a folder"), (["--lr", "1e9"], r"images .*jpg.*lower --lr")):
@@ -1196,5 +1226,7 @@ def test_interrupt_keeps_what_is_finished(shapes, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="model.pt"):
         train.main(flags(shapes, tmp_path / "run"))
     assert load_model(tmp_path / "run/model.pt") and len(list((tmp_path / ".baselines").glob("*.pt"))) == 3
+    with pytest.raises(UserError, match="run-seed0/model.pt holds"):
+        train.main(flags(shapes, tmp_path / "run", "--seeds", "0"))
     monkeypatch.undo()
     assert train.main(flags(shapes, tmp_path / "run"))["verdict"] is not None  # an unfinished folder may be taken again

@@ -21,10 +21,10 @@ import torch
 import torchvision
 
 from data import FOLDERS, TASKS, MiniSet, UserError, draw_shapes
-from forgetting import REMEDIES, add_flags, build
+from forgetting import REMEDIES, add_flags, build, images_per_epoch
 from losses import task_loss
-from metrics import (NAMES, Clock, benchmark, compare, device_name, digest, duration, evaluate, evaluate_saved,
-                     interleaved, judge, latencies, show, write_json)
+from metrics import (NAMES, Clock, acting, benchmark, compare, device_name, digest, duration, evaluate, evaluate_saved,
+                     interleaved, judge, latencies, load_run, show, write_json)
 from model import OneHead, augment, load_weights, save_model, take
 
 # What depends on the data: drawn shapes are learned from scratch in minutes, photos from an ImageNet trunk.
@@ -85,15 +85,16 @@ def parse(argv):
     for name, value in DEFAULTS["shapes" if args.data == SHAPES_DIR else "photos"].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name in ("epochs", "lr", "trunk_lr", "lwf_weight", "ewc_lambda"):
+    args.lwf_weight = args.lwf_weight or ([0.3] if "ewc" in args.strategy else [5.0, 1.0, 1.0])
+    for name, least in dict(epochs=1, lr=1e-9, trunk_lr=0, lwf_weight=0, ewc_lambda=0).items():
         values = getattr(args, name)
-        if len(values) not in (1, 3) or min(values) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} {values}: give one positive value, or three.")
+        if len(values) not in (1, 3) or min(values) < least:
+            raise UserError(f"--{name.replace('_', '-')} {values}: give one value, or three, of at least {least}.")
         setattr(args, name, values * (3 // len(values)))
     if args.image_size < 32 or args.image_size % 32:
         raise UserError(f"--image-size {args.image_size}: must be a multiple of 32, the coarsest stride.")
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size {args.batch_size}: must be at least 1.")
+    if args.batch_size < 1 or args.shared_lr < 0:
+        raise UserError("--batch-size must be at least 1, and --shared-lr not negative.")
     if args.benchmark and args.strategy == "joint":
         raise UserError("--benchmark --strategy joint: joint training has no step of its own; name another strategy.")
     args.out = str(Path(args.out or ("benchmark.json" if args.benchmark else
@@ -117,11 +118,6 @@ def find_data(name):
         print(f"Drawing the shapes into {SHAPES_DIR} ...")
         draw_shapes(SHAPES_DIR)
     return SHAPES_DIR
-
-
-def images_per_epoch(args, n, others, remedies):
-    """Training images of one epoch over n of the current task, those that remedies draw of the `others` included."""
-    return n + -(-n // args.batch_size) * sum(size for r in remedies for t, size in r.sizes.items() if t in others)
 
 
 def new_model(args):
@@ -280,7 +276,7 @@ def run(args):
     images, steps, _ = trial_steps("seg", train, args)
     clock, seconds = Clock(work), work / images * interleaved({"": steps["whole"]}, 1, args.device)[""][0] / 1000
     print(f"{args.strategy} on {args.data} at {args.image_size} px, seed {args.seed}, {args.device}: {work:,} training "
-          f"images, about {duration(seconds)}; results go to {out}", flush=True)
+          f"images, about {duration(seconds)} at the pace of plain steps; results go to {out}", flush=True)
 
     # Baselines: each task alone
     singles = {t: single_task(t, args, files[t], train[t], clock, measure) for t in TASKS}
@@ -338,17 +334,19 @@ def main(argv=None):
             return evaluate_saved(args)
         if not args.seeds:
             return run(args)
-        runs = [argparse.Namespace(**vars(args) | {"seed": s, "out": f"{args.out}-seed{s}"}) for s in args.seeds]
-        saved = {one.out: Path(one.out) / "results.json" for one in runs}
-        finished = {out: json.loads(file.read_text()) for out, file in saved.items() if file.exists()}
-        for one in runs:  # before the first of them takes its hours
-            if one.out in finished and {**finished[one.out]["args"], "seeds": 0} != {**vars(one), "seeds": 0}:
-                raise UserError(f"--out {one.out}: holds a run with other flags; name another --out.")
-        results = [finished.get(one.out) or run(one) for one in runs]
-        print(f"\n{compare(saved)}")
+        results, seeds = [], dict.fromkeys(args.seeds)
+        runs = [argparse.Namespace(**vars(args) | {"seed": s, "out": f"{args.out}-seed{s}"}) for s in seeds]
+        finished = {one.out: load_run(one.out) for one in runs if (Path(one.out) / "results.json").exists()}
+        now = acting(vars(args))
+        for then in (acting(results["args"]) for results in finished.values()):
+            if names := ", ".join(k for k in then | now if then.get(k) != now.get(k)):
+                raise UserError(f"--out {args.out}: holds a run with another {names}; name another --out.")
+        for args in runs:  # Ctrl-C finds the folder of the present seed in args
+            results.append(finished.get(args.out) or run(args))
+        print(f"\n{compare(one.out for one in runs)}")
         return results
     except KeyboardInterrupt:
-        if args.benchmark:
+        if args.benchmark or args.eval:
             raise UserError("\nInterrupted; nothing was written.")
         saved = Path(args.out or "") / "model.pt"
         raise UserError("\nInterrupted. The same command starts again; baselines (and Stage 1) that were finished are "

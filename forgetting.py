@@ -147,7 +147,7 @@ class EWC(Remedy):
     gradients of one training image at a time (a square of a mean over images would be another thing), augmented once,
     at its true labels, in eval mode. An image counts as one observation with the task's own loss as its negative
     log-likelihood: the mean over pixels, or over objects, as neighbouring pixels are far from independent; one whose
-    objects have all left the window is none. So the tasks' F differ in scale, and so do the λ: one value, or three for
+    objects have all left the window adds nothing. So the tasks' F differ in scale, and so do the λ: one value, or three for
     seg in Stage 2, seg in Stage 3, det in Stage 3.
     """
 

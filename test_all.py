@@ -1190,8 +1190,12 @@ def test_several_seeds_in_one_command(shapes, tmp_path, capsys):
     shutil.rmtree(tmp_path / "some-seed1")
     assert train.main(flags(shapes, out, "--strategy", "none", "--seeds", "0", "1"))[1]["matrix"] == results[1]["matrix"]
     assert "seed 0" not in capsys.readouterr().out  # the finished one was left alone
-    with pytest.raises(UserError, match="holds a run with another strategy;"):
+    with pytest.raises(UserError, match="some-seed0: holds a run with another strategy, ewc_lambda, ewc_ramp;"):
         train.main(flags(shapes, out, "--strategy", "ewc", "--seeds", "2", "0"))
+    shutil.copytree(shapes, tmp_path / "other")
+    next((tmp_path / "other" / data.FOLDERS["seg"] / "val").glob("*.jpg")).write_bytes(b"changed")
+    with pytest.raises(UserError, match="some-seed1: holds a run with another data;"):
+        train.main(flags(tmp_path / "other", out, "--strategy", "none", "--seeds", "2", "1"))
     assert not (tmp_path / "some-seed2").exists()  # said before anything is trained
     assert len(train.main(flags(shapes, out, "--strategy", "none", "--seeds", "1", "1", "--lwf-weight", "7"))) == 1  # idle
     (tmp_path / "some-seed0/results.json").write_text('{"args"')

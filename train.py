@@ -337,10 +337,10 @@ def main(argv=None):
         results, seeds = [], dict.fromkeys(args.seeds)
         runs = [argparse.Namespace(**vars(args) | {"seed": s, "out": f"{args.out}-seed{s}"}) for s in seeds]
         finished = {one.out: load_run(one.out) for one in runs if (Path(one.out) / "results.json").exists()}
-        now = acting(vars(args))
-        for then in (acting(results["args"]) for results in finished.values()):
+        now = acting(vars(args)) | {"data": [digest(Path(args.data) / FOLDERS[t])[:6] for t in TASKS]}
+        for folder, then in ((folder, results["common"]) for folder, results in finished.items()):
             if names := ", ".join(k for k in then | now if then.get(k) != now.get(k)):
-                raise UserError(f"--out {args.out}: holds a run with another {names}; name another --out.")
+                raise UserError(f"--out {folder}: holds a run with another {names}; name another --out.")
         for args in runs:  # Ctrl-C finds the folder of the present seed in args
             results.append(finished.get(args.out) or run(args))
         print(f"\n{compare(one.out for one in runs)}")

@@ -75,11 +75,13 @@ class Replay(Remedy):
 
 
 class Joint(Replay):
-    """Not a remedy but the upper target: one stage over all tasks, each step with images of the three, from the whole
-    training sets, which remember() gets beforehand. Epochs and learning rate are those of Stage 1, the shares of a
-    step those of the stages' epochs, so that each task's images are seen about as often as in its own stage, if the
-    sets are of one size. From scratch, BatchNorm meets the tasks in turn and then answers with a mean of all three:
-    joint training is the upper target of photos, where the pretrained statistics are fixed.
+    """Not a remedy but the upper target, multitask learning (Caruana 1997): L = L_seg + L_det + L_cls.
+
+    One stage over all tasks, each step with images of the three, from the whole training sets, which remember() gets
+    beforehand. Epochs and learning rate are those of Stage 1, the shares of a step those of the stages' epochs, so
+    that each task's images are seen about as often as in its own stage, if the sets are of one size. From scratch,
+    BatchNorm meets the tasks in turn and then answers with a mean of all three: joint training is the upper target of
+    photos, where the pretrained statistics are fixed.
     """
 
     def __init__(self, args):
@@ -198,8 +200,13 @@ def flat(tensors):
 
 
 class Freeze(Remedy):
-    """After Stage 1 trunk, or trunk and neck, learn no more, and their BatchNorm statistics stay as they are, under
-    `--bn live` too: weights that are frozen below statistics that move protect nothing."""
+    """Feature extraction (Donahue et al. 2014, arXiv:1310.1531; the baseline of that name in Li & Hoiem 2016, section 2).
+
+        θ_trunk (with `--freeze neck` θ_neck too) of Stages 2 and 3 = that of Stage 1
+
+    Their BatchNorm statistics stay as they are, under `--bn live` too: weights that are frozen below statistics that
+    move protect nothing.
+    """
 
     def remember(self, task, model, samples):
         parts = ("features.", "fpn.")[:1 + (self.args.freeze == "neck")]

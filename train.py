@@ -54,7 +54,7 @@ def parse(argv):
         "(default: 22 22 16 for shapes, 40 40 15 for photos)")
     add("--lr", type=float, nargs="+", help="peak learning rate of neck and head, one value or three "
         "(default: 0.002 0.002 0.001 for shapes, 0.001 for photos)")
-    add("--trunk-lr", type=float, nargs="+", help="trunk's share of it, one or three (default: 1; photos 0.2 0.2 0.05)")
+    add("--trunk-lr", type=float, nargs="+", help="the trunk's share of --lr (default: 1; photos: 0.2 0.2 0.05)")
     add("--shared-lr", type=float, default=1.0, help="the share of --lr that is left to trunk, neck and the head's "
         "first layer in Stages 2 and 3 (default: %(default)s)")
     add("--batch-size", type=int, help="images of the current task a step (default: 16 shapes, 8 photos)")

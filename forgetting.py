@@ -3,7 +3,7 @@
     acts on    class            what it adds to a step of a later stage
     data       Replay, Joint    batches()                     old images beside the new ones
     outputs    LwF              output_loss(images, out)      the previous model's answers, to be kept
-    weights    EWC              weight_loss(model, progress)  a spring that holds what old tasks need
+    weights    EWC              pull(model, progress)         a spring that holds what old tasks need
     weights    Freeze           nothing: the trunk, or trunk and neck, stop learning
 
 All of them get remember(task, model, samples) after the stage of `task`, if another stage follows.
@@ -42,8 +42,9 @@ class Remedy:
         """Called for every batch of a step, and weighed by its share of the step's images."""
         return 0.0
 
-    def weight_loss(self, model, progress):
-        """progress: the share of the stage that is done, in (0, 1]."""
+    def pull(self, model, progress):
+        """A penalty that depends on the weights alone: adds its gradient to theirs, between backward and update, and
+        returns it. progress: the share of the stage that is done, in (0, 1]."""
         return 0.0
 
 
@@ -155,11 +156,11 @@ class EWC(Remedy):
 
     def __init__(self, args):
         super().__init__(args)
-        self.terms = []  # of each old task: F and θ*, all parameters in one vector
+        self.terms = []  # of each old task: F and θ*, a list of tensors like the model's parameters each
 
     def remember(self, task, model, samples):
         parameters, stored = list(model.parameters()), take(samples.batch, slice(None), self.args.device)
-        fisher = torch.zeros_like(flat(parameters))
+        fisher = [torch.zeros_like(p) for p in parameters]
         model.eval()
         for i in range(len(samples)):
             images, target = augment(*take(stored, slice(i, i + 1)))
@@ -168,35 +169,24 @@ class EWC(Remedy):
             loss = task_loss(task, model(images, (task,), upsample=False), target, model.locations(images))
             model.zero_grad()
             loss.backward()
-            gradient = flat(torch.zeros_like(p) if p.grad is None else p.grad for p in parameters)
-            fisher += gradient.square() / len(samples)
+            for f, p in zip(fisher, parameters):
+                f += 0 if p.grad is None else p.grad.square() / len(samples)
         model.zero_grad()
-        self.terms.append((fisher, flat(parameters).detach()))
+        self.terms.append((fisher, [p.detach().clone() for p in parameters]))
+
+    @torch.no_grad()
+    def pull(self, model, progress):
+        penalty, ramp = 0.0, progress if self.args.ewc_ramp else 1.0
         lambdas = self.args.ewc_lambda[len(self.terms) - 1:]  # Stage 2: [0], Stage 3: [1, 2]
-        self.spring = add_springs([(times * fisher, anchor) for times, (fisher, anchor) in zip(lambdas, self.terms)])
-
-    def weight_loss(self, model, progress):
-        if not self.terms:
-            return 0.0
-        stiffness, centre, constant = self.spring
-        energy = (stiffness * (flat(model.parameters()) - centre).square()).sum() / 2 + constant
-        return energy * (progress if self.args.ewc_ramp else 1.0)
-
-
-def add_springs(springs):
-    """Springs on the same weights are one spring and a constant, so that a step pays for one, however many old tasks.
-
-    [(stiffness k, rest position a)] -> (K, c, constant) such that ½ Σ k (θ - a)² = ½ K (θ - c)² + constant.
-    """
-    springs = [(k.double(), a.double()) for k, a in springs]
-    total = sum(k for k, _ in springs)
-    centre = (sum(k * a for k, a in springs) / total.clamp(min=1e-99)).float()  # where nothing pulls, total is 0
-    constant = sum((k * (centre - a).square()).sum() for k, a in springs) / 2
-    return total.float(), centre, constant.float()
-
-
-def flat(tensors):
-    return torch.cat([t.reshape(-1) for t in tensors])
+        for strength, term in ((ramp * x, term) for x, term in zip(lambdas, self.terms) if x):
+            for p, f, anchor in zip(model.parameters(), *term):
+                if p.requires_grad:  # not frozen
+                    away = p - anchor
+                    force = f * away
+                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                    p.grad.add_(force, alpha=strength)
+                    penalty += strength / 2 * force.mul_(away).sum()
+        return penalty
 
 
 class Freeze(Remedy):

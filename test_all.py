@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import zipfile
+from copy import deepcopy
 from itertools import islice, product
 from pathlib import Path
 from types import SimpleNamespace
@@ -838,7 +839,7 @@ def trained(shapes, task="seg"):
 def test_fisher_is_that_of_a_loop_over_single_images_and_the_penalty_that_of_a_known_displacement(shapes):
     model, samples = trained(shapes), MiniSet(shapes, "det", "train", 64)
     ewc = forgetting.EWC(settings(ewc_lambda=[3.0, 5.0, 7.0]))
-    assert ewc.weight_loss(model, 1) == 0
+    assert ewc.pull(model, 1) == 0
     statistics_before = buffers(model)
     model.free_batchnorm()
     model.train()
@@ -846,37 +847,52 @@ def test_fisher_is_that_of_a_loop_over_single_images_and_the_penalty_that_of_a_k
     ewc.remember("det", model, samples)  # in eval mode
     assert all(torch.equal(statistics_before[k], v) for k, v in model.named_buffers())
     torch.manual_seed(5)
-    expected, model = {name: 0 for name, _ in model.named_parameters()}, model.eval()
+    expected, model = [torch.zeros_like(p) for p in model.parameters()], model.eval()
     for i in range(len(samples)):
         images, target = augment(*take(samples.batch, slice(i, i + 1)))
         model.zero_grad()
         losses.det_loss(model(images)["det"], target, model.locations(images)).backward()
-        for name, p in model.named_parameters():
-            expected[name] = expected[name] + (0 if p.grad is None else p.grad ** 2) / len(samples)
-    by_hand = expected["head.0.bias"].sum().item() * 0.1 ** 2 / 2
-    expected = torch.cat([(torch.zeros_like(p) + expected[name]).flatten() for name, p in model.named_parameters()])
+        expected = [e + (0 if p.grad is None else p.grad ** 2) / len(samples) for e, p in zip(expected, model.parameters())]
     torch.testing.assert_close(ewc.terms[0][0], expected, rtol=1e-3, atol=1e-9)
-    assert expected.count_nonzero() > 100_000 and ewc.weight_loss(model, 1) == 0  # at the anchor
+    assert sum(e.count_nonzero() for e in expected) > 100_000 and ewc.pull(model, 1) == 0  # at the anchor
     blind, empty = forgetting.EWC(settings()), MiniSet(shapes, "det", "train", 64)
     empty.batch[1]["labels"][:] = -1
     blind.remember("det", model, empty)
-    assert not blind.terms[0][0].any()  # an image whose objects left the window tells nothing
+    assert not any(f.any() for f in blind.terms[0][0])  # an image whose objects left the window tells nothing
+
+    moved = [name for name, _ in model.named_parameters()].index("head.0.bias")
+
+    def pulled(progress=1.0):  # the penalty and the gradient it adds to one that is there already
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        model.fpn.get_parameter("layer_blocks.0.0.bias").grad = None  # as of a stage that does not reach this layer
+        penalty, added = ewc.pull(model, progress).item(), [p.grad - 1 for p in model.parameters()]
+        assert all(p.grad is not None for p in model.parameters())
+        return penalty, added[moved]
+
     with torch.no_grad():
         model.head[0].bias += 0.1
-    assert ewc.weight_loss(model, 1).item() == pytest.approx(3 * by_hand, rel=1e-3) != 0
-    ewc.args.ewc_ramp = True
-    assert ewc.weight_loss(model, 0.25).item() == pytest.approx(0.25 * 3 * by_hand, rel=1e-3)
+    fisher = expected[moved]
+    for progress, ramp, share in ((0.25, False, 1), (0.25, True, 0.25)):
+        ewc.args.ewc_ramp = ramp
+        penalty, gradient = pulled(progress)
+        assert penalty == pytest.approx(share * 3 * fisher.sum().item() * 0.1 ** 2 / 2, rel=1e-3) != 0
+        torch.testing.assert_close(gradient, share * 3 * fisher * 0.1, rtol=1e-3, atol=1e-6)
     ewc.args.ewc_ramp, first = False, ewc.terms[0]
     ewc.remember("seg", model, MiniSet(shapes, "seg", "train", 64))  # a second term beside the first one
-    assert ewc.terms[0] is first and ewc.weight_loss(model, 1).item() == pytest.approx(5 * by_hand, rel=1e-3)
+    assert ewc.terms[0] is first and pulled()[0] == pytest.approx(5 * fisher.sum().item() * 0.1 ** 2 / 2, rel=1e-3)
     with torch.no_grad():
         model.head[0].bias += 0.1  # 0.2 from the first anchor, 0.1 from the second
-    at = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("head")) + 128 * 128 * 9
-    second = ewc.terms[1][0][at:at + 128].sum().item() * 0.1 ** 2 / 2
-    assert second > 0
-    assert ewc.weight_loss(model, 1).item() == pytest.approx(5 * 4 * by_hand + 7 * second, rel=1e-3)
-    rows = torch.autograd.grad(ewc.weight_loss(model, 1), model.head[2].weight)[0]
-    assert rows[CLS].count_nonzero() == 0
+    second = ewc.terms[1][0][moved]
+    assert second.sum() > 0
+    penalty, gradient = pulled()
+    assert penalty == pytest.approx((5 * fisher * 0.2 ** 2 + 7 * second * 0.1 ** 2).sum().item() / 2, rel=1e-3)
+    torch.testing.assert_close(gradient, 5 * fisher * 0.2 + 7 * second * 0.1, rtol=1e-3, atol=1e-6)
+    ewc.args.ewc_lambda = [3.0, 0.0, 7.0]  # a term may be left out
+    assert pulled()[0] == pytest.approx(7 * second.sum().item() * 0.1 ** 2 / 2, rel=1e-3)
+    assert model.head[2].weight.grad[CLS].eq(1).all()
+    model.head[0].bias.requires_grad_(False)  # as `freeze` leaves it
+    assert pulled()[0] == 0 and not pulled()[1].any()
 
 
 def test_distillation_is_zero_for_an_equal_student_and_reaches_neither_teacher_nor_new_rows(shapes):
@@ -956,8 +972,10 @@ class Stub(forgetting.Remedy):
     def output_loss(self, images, out):
         return out["seg"].square().mean()
 
-    def weight_loss(self, model, progress):
-        return progress * model.head[0].weight.square().sum()
+    def pull(self, model, progress):
+        weight = model.head[0].weight
+        weight.grad += 2 * progress * weight.detach()
+        return progress * weight.detach().square().sum()
 
 
 @pytest.mark.parametrize("part", [1.0, 0.5])
@@ -977,6 +995,20 @@ def test_a_step_follows_the_gradient_of_loss_and_all_penalties(shapes, part, mon
     torch.testing.assert_close(torch.stack(found), torch.stack([loss, penalty]).detach())
     for p, start, gradient in zip(parameters, before, gradients):
         torch.testing.assert_close(p.detach(), start - 0.1 * gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_the_pull_on_the_weights_is_not_scaled_with_the_gradients_of_half_precision(shapes):
+    class Puller(forgetting.Remedy):
+        pull = Stub.pull
+
+    start, (images, target), moved = trained(shapes), step_batches(shapes, "det", 2), []
+    for remedies in ([], [Puller(None)]):
+        model = deepcopy(start)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        train.train_step(model, "det", images, target, remedies, torch.optim.SGD(model.parameters(), 0.1), scaler)
+        moved.append(model.head[0].weight.detach())
+    expected = -0.1 * 2 * start.head[0].weight.detach()
+    torch.testing.assert_close(moved[1] - moved[0], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_step_with_every_remedy_does_not_wait_for_a_gpu(shapes):

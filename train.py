@@ -161,12 +161,14 @@ def train_step(model, task, images, target, remedies, optimizer, scaler, progres
             if n < len(x):
                 out[t] = torch.cat([out[t], model(x[n:], (t,), upsample=False)[t]])
             losses.append(weight * task_loss(t, out, y, model.locations(x)))
-        penalty = penalty + sum(losses[1:]) + sum(r.weight_loss(model, progress) for r in remedies)
+        penalty = penalty + sum(losses[1:])
     optimizer.zero_grad()
     scaler.scale(losses[0] + penalty).backward()
+    scaler.unscale_(optimizer)
+    penalty = penalty.detach() + sum(r.pull(model, progress) for r in remedies)
     scaler.step(optimizer)
     scaler.update()
-    return losses[0].detach(), penalty.detach()
+    return losses[0].detach(), penalty
 
 
 def train_stage(model, task, samples, remedies, args, clock, title, measure=None, others=(), shared_lr=1.0):

@@ -156,9 +156,13 @@ class EWC(Remedy):
 
     def __init__(self, args):
         super().__init__(args)
-        self.terms = []  # of each old task: F and θ*, a list of tensors like the model's parameters each
+        self.terms = {}  # of each old task: F and θ*, two lists of tensors like the model's parameters
 
     def remember(self, task, model, samples):
+        early, late, det = self.args.ewc_lambda
+        self.lambdas = {"seg": early} if task == "seg" else {"seg": late, "det": det}  # of the stage that follows
+        if not (early or late if task == "seg" else det):
+            return
         parameters, stored = list(model.parameters()), take(samples.batch, slice(None), self.args.device)
         fisher = [torch.zeros_like(p) for p in parameters]
         model.eval()
@@ -172,14 +176,14 @@ class EWC(Remedy):
             for f, p in zip(fisher, parameters):
                 f += 0 if p.grad is None else p.grad.square() / len(samples)
         model.zero_grad()
-        self.terms.append((fisher, [p.detach().clone() for p in parameters]))
+        self.terms[task] = fisher, [p.detach().clone() for p in parameters]
 
     @torch.no_grad()
     def pull(self, model, progress):
-        penalty, ramp = 0.0, progress if self.args.ewc_ramp else 1.0
-        lambdas = self.args.ewc_lambda[len(self.terms) - 1:]  # Stage 2: [0], Stage 3: [1, 2]
-        for strength, term in ((ramp * x, term) for x, term in zip(lambdas, self.terms) if x):
-            for p, f, anchor in zip(model.parameters(), *term):
+        penalty = 0.0
+        for task, term in self.terms.items():
+            strength = self.lambdas[task] * (progress if self.args.ewc_ramp else 1.0)
+            for p, f, anchor in zip(model.parameters(), *term) if strength else ():
                 if p.requires_grad:  # not frozen
                     away = p - anchor
                     force = f * away
@@ -215,15 +219,24 @@ def add_flags(add):
     add("--replay-batch", type=int, default=4, help="stored images per old task a step (default: %(default)s)")
     add("--replay-weight", type=float, default=1.0, help="weight of a replayed task's loss (default: %(default)s)")
     add("--lwf-weight", type=float, nargs="+", help="weight of the distance to the previous model's outputs: one "
-        "value, or three for segmentation in Stage 2, segmentation in Stage 3, detection in Stage 3 (default: 0.3 "
-        "beside ewc, else 5 1 1)")
+        "value, or three for segmentation in Stage 2, segmentation in Stage 3, detection in Stage 3 (default: 2 0.3 0.3 "
+        "beside ewc, else 2 1 1)")
     add("--lwf-temperature", type=float, default=2.0, help="softens the outputs that are compared "
         "(default: %(default)s)")
-    add("--ewc-lambda", type=float, nargs="+", default=[3e4, 3e4, 2e3], help="weight of EWC's terms: one value, or "
-        "three as above (default: 30000 30000 2000)")
+    add("--ewc-lambda", type=float, nargs="+", help="weight of EWC's terms: one value, or three as above "
+        "(default: 0 0 2000 beside lwf, else 30000 30000 2000)")
     add("--ewc-ramp", action="store_true", help="let EWC's weight grow from 0 to its full value within each stage")
     add("--freeze", choices=["trunk", "neck"], default="trunk", help="what `freeze` holds after Stage 1: the trunk, or "
         "trunk and neck (default: %(default)s)")
+
+
+def preset(strategy):
+    """Defaults that depend on the strategy. Outputs hold segmentation more gently than springs do, so beside LwF only
+    detection gets a spring; and as LwF corrects what drifts, the shared layers can learn Stage 2 faster."""
+    lwf, ewc = "lwf" in strategy, "ewc" in strategy
+    return {"lwf_weight": [2.0, 0.3, 0.3] if ewc else [2.0, 1.0, 1.0],
+            "ewc_lambda": [0.0, 0.0, 2e3] if lwf else [3e4, 3e4, 2e3],
+            "shared_lr": [1.0, 2.0, 1.0] if lwf else [1.0]}
 
 
 def build(args):

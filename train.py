@@ -21,7 +21,7 @@ import torch
 import torchvision
 
 from data import FOLDERS, TASKS, MiniSet, UserError, draw_shapes
-from forgetting import REMEDIES, add_flags, build, images_per_epoch
+from forgetting import REMEDIES, add_flags, build, images_per_epoch, preset
 from losses import task_loss
 from metrics import (NAMES, Clock, acting, benchmark, compare, device_name, digest, duration, evaluate, evaluate_saved,
                      interleaved, judge, latencies, load_run, show, write_json)
@@ -55,8 +55,8 @@ def parse(argv):
     add("--lr", type=float, nargs="+", help="peak learning rate of neck and head, one value or three "
         "(default: 0.002 0.002 0.001 for shapes, 0.001 for photos)")
     add("--trunk-lr", type=float, nargs="+", help="the trunk's share of --lr (default: 1; photos: 0.2 0.2 0.05)")
-    add("--shared-lr", type=float, default=1.0, help="the share of --lr that is left to trunk, neck and the head's "
-        "first layer in Stages 2 and 3 (default: %(default)s)")
+    add("--shared-lr", type=float, nargs="+", help="the share of --lr for trunk, neck and the head's first layer: one "
+        "value, or three; in Stage 1, the baseline, it stays 1 (default: 1 2 1 with lwf, else 1)")
     add("--batch-size", type=int, help="images of the current task a step (default: 16 shapes, 8 photos)")
     add("--weight-decay", type=float, default=0.01, help="AdamW's, on all but the output layer (default: %(default)s)")
     add("--bn", choices=["fixed", "live"], default="fixed", help="fixed: BatchNorm statistics are kept once learned; "
@@ -85,16 +85,16 @@ def parse(argv):
     for name, value in DEFAULTS["shapes" if args.data == SHAPES_DIR else "photos"].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.lwf_weight = args.lwf_weight or ([0.3] if "ewc" in args.strategy else [5.0, 1.0, 1.0])
-    for name, least in dict(epochs=1, lr=1e-9, trunk_lr=0, lwf_weight=0, ewc_lambda=0).items():
+    for name, value in preset(args.strategy).items():
+        setattr(args, name, getattr(args, name) or value)
+    for name, least in dict(epochs=1, lr=1e-9, trunk_lr=0, shared_lr=0, lwf_weight=0, ewc_lambda=0).items():
         values = getattr(args, name)
         if len(values) not in (1, 3) or min(values) < least:
             raise UserError(f"--{name.replace('_', '-')} {values}: give one value, or three, of at least {least}.")
         setattr(args, name, values * (3 // len(values)))
-    if args.image_size < 32 or args.image_size % 32:
-        raise UserError(f"--image-size {args.image_size}: must be a multiple of 32, the coarsest stride.")
-    if args.batch_size < 1 or args.shared_lr < 0:
-        raise UserError("--batch-size must be at least 1, and --shared-lr not negative.")
+    if args.image_size < 32 or args.image_size % 32 or args.batch_size < 1:
+        raise UserError(f"--image-size {args.image_size} --batch-size {args.batch_size}: the size must be a multiple of "
+                        "32, the coarsest stride, and the batch at least 1.")
     if args.benchmark and args.strategy == "joint":
         raise UserError("--benchmark --strategy joint: joint training has no step of its own; name another strategy.")
     args.out = str(Path(args.out or ("benchmark.json" if args.benchmark else
@@ -299,7 +299,7 @@ def run(args):
         else:
             history += train_stage(model, task, train[task], remedies, args, clock,
                                    "joint" if joint else f"stage {stage + 1} {task}", measure, others[task],
-                                   args.shared_lr if stage else 1.0)
+                                   args.shared_lr[stage] if stage else 1.0)
         if args.bn == "fixed":
             model.fix_batchnorm()
         matrix.append({t: history[-1][t] for t in TASKS})

@@ -43,8 +43,8 @@ class Remedy:
         return 0.0
 
     def pull(self, model, progress):
-        """A penalty that depends on the weights alone: adds its gradient to theirs, between backward and update, and
-        returns it. progress: the share of the stage that is done, in (0, 1]."""
+        """A penalty on the weights: adds its gradient to theirs, between backward and update, and returns it. By hand, as
+        autograd takes several times as long. progress: the share of the stage that is done, in (0, 1]."""
         return 0.0
 
 
@@ -161,8 +161,8 @@ class EWC(Remedy):
     def remember(self, task, model, samples):
         early, late, det = self.args.ewc_lambda
         self.lambdas = {"seg": early} if task == "seg" else {"seg": late, "det": det}  # of the stage that follows
-        if not (early or late if task == "seg" else det):
-            return
+        if not any((early, late) if task == "seg" else (det,)):
+            return  # a spring that never pulls: spare the pass over all images
         parameters, stored = list(model.parameters()), take(samples.batch, slice(None), self.args.device)
         fisher = [torch.zeros_like(p) for p in parameters]
         model.eval()
@@ -183,7 +183,9 @@ class EWC(Remedy):
         penalty = 0.0
         for task, term in self.terms.items():
             strength = self.lambdas[task] * (progress if self.args.ewc_ramp else 1.0)
-            for p, f, anchor in zip(model.parameters(), *term) if strength else ():
+            if not strength:
+                continue
+            for p, f, anchor in zip(model.parameters(), *term):
                 if p.requires_grad:  # not frozen
                     away = p - anchor
                     force = f * away
@@ -220,23 +222,23 @@ def add_flags(add):
     add("--replay-weight", type=float, default=1.0, help="weight of a replayed task's loss (default: %(default)s)")
     add("--lwf-weight", type=float, nargs="+", help="weight of the distance to the previous model's outputs: one "
         "value, or three for segmentation in Stage 2, segmentation in Stage 3, detection in Stage 3 (default: 2 0.3 0.3 "
-        "beside ewc, else 2 1 1)")
+        "beside ewc, else 5 1 1)")
     add("--lwf-temperature", type=float, default=2.0, help="softens the outputs that are compared "
         "(default: %(default)s)")
     add("--ewc-lambda", type=float, nargs="+", help="weight of EWC's terms: one value, or three as above "
-        "(default: 0 0 2000 beside lwf, else 30000 30000 2000)")
+        "(default: 3000 0 2000 beside lwf, else 30000 30000 2000)")
     add("--ewc-ramp", action="store_true", help="let EWC's weight grow from 0 to its full value within each stage")
     add("--freeze", choices=["trunk", "neck"], default="trunk", help="what `freeze` holds after Stage 1: the trunk, or "
         "trunk and neck (default: %(default)s)")
 
 
 def preset(strategy):
-    """Defaults that depend on the strategy. Outputs hold segmentation more gently than springs do, so beside LwF only
-    detection gets a spring; and as LwF corrects what drifts, the shared layers can learn Stage 2 faster."""
-    lwf, ewc = "lwf" in strategy, "ewc" in strategy
-    return {"lwf_weight": [2.0, 0.3, 0.3] if ewc else [2.0, 1.0, 1.0],
-            "ewc_lambda": [0.0, 0.0, 2e3] if lwf else [3e4, 3e4, 2e3],
-            "shared_lr": [1.0, 2.0, 1.0] if lwf else [1.0]}
+    """Defaults that depend on the strategy. EWC and LwF together can be gentler than each alone, and the shared layers can
+    learn detection faster, as what drifts is corrected twice. In Stage 3 the spring of segmentation would pull back what
+    detection moved since, so LwF alone keeps it there, and detection has the spring."""
+    if "ewc" in strategy and "lwf" in strategy:
+        return {"lwf_weight": [2.0, 0.3, 0.3], "ewc_lambda": [3e3, 0.0, 2e3], "shared_lr": [1.0, 2.0, 1.0]}
+    return {"lwf_weight": [5.0, 1.0, 1.0], "ewc_lambda": [3e4, 3e4, 2e3], "shared_lr": [1.0]}
 
 
 def build(args):

@@ -56,7 +56,7 @@ def parse(argv):
         "(default: 0.002 0.002 0.001 for shapes, 0.001 for photos)")
     add("--trunk-lr", type=float, nargs="+", help="the trunk's share of --lr (default: 1; photos: 0.2 0.2 0.05)")
     add("--shared-lr", type=float, nargs="+", help="the share of --lr for trunk, neck and the head's first layer: one "
-        "value, or three; in Stage 1, the baseline, it stays 1 (default: 1 2 1 with lwf, else 1)")
+        "value, or three for Stages 1 to 3; in Stage 1, a baseline, it stays 1 (default: 1 2 1 for ewc with lwf, else 1)")
     add("--batch-size", type=int, help="images of the current task a step (default: 16 shapes, 8 photos)")
     add("--weight-decay", type=float, default=0.01, help="AdamW's, on all but the output layer (default: %(default)s)")
     add("--bn", choices=["fixed", "live"], default="fixed", help="fixed: BatchNorm statistics are kept once learned; "
@@ -82,19 +82,19 @@ def parse(argv):
     args.data = find_data(args.data)
     if args.eval:
         return args
-    for name, value in DEFAULTS["shapes" if args.data == SHAPES_DIR else "photos"].items():
+    for name, value in (DEFAULTS["shapes" if args.data == SHAPES_DIR else "photos"] | preset(args.strategy)).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name, value in preset(args.strategy).items():
-        setattr(args, name, getattr(args, name) or value)
     for name, least in dict(epochs=1, lr=1e-9, trunk_lr=0, shared_lr=0, lwf_weight=0, ewc_lambda=0).items():
         values = getattr(args, name)
         if len(values) not in (1, 3) or min(values) < least:
             raise UserError(f"--{name.replace('_', '-')} {values}: give one value, or three, of at least {least}.")
         setattr(args, name, values * (3 // len(values)))
-    if args.image_size < 32 or args.image_size % 32 or args.batch_size < 1:
-        raise UserError(f"--image-size {args.image_size} --batch-size {args.batch_size}: the size must be a multiple of "
-                        "32, the coarsest stride, and the batch at least 1.")
+    args.shared_lr[0] = 1.0  # Stage 1 is the baseline of its task
+    if args.image_size < 32 or args.image_size % 32:
+        raise UserError(f"--image-size {args.image_size}: must be a multiple of 32, the coarsest stride.")
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size {args.batch_size}: must be at least 1.")
     if args.benchmark and args.strategy == "joint":
         raise UserError("--benchmark --strategy joint: joint training has no step of its own; name another strategy.")
     args.out = str(Path(args.out or ("benchmark.json" if args.benchmark else
@@ -164,7 +164,7 @@ def train_step(model, task, images, target, remedies, optimizer, scaler, progres
         penalty = penalty + sum(losses[1:])
     optimizer.zero_grad()
     scaler.scale(losses[0] + penalty).backward()
-    scaler.unscale_(optimizer)
+    scaler.unscale_(optimizer)  # what pull adds is not scaled
     penalty = penalty.detach() + sum(r.pull(model, progress) for r in remedies)
     scaler.step(optimizer)
     scaler.update()
@@ -299,7 +299,7 @@ def run(args):
         else:
             history += train_stage(model, task, train[task], remedies, args, clock,
                                    "joint" if joint else f"stage {stage + 1} {task}", measure, others[task],
-                                   args.shared_lr[stage] if stage else 1.0)
+                                   args.shared_lr[stage])
         if args.bn == "fixed":
             model.fix_batchnorm()
         matrix.append({t: history[-1][t] for t in TASKS})

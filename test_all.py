@@ -845,7 +845,7 @@ def test_fisher_is_that_of_a_loop_over_single_images_and_the_penalty_that_of_a_k
             p.grad = torch.ones_like(p)
         model.fpn.get_parameter("layer_blocks.0.0.bias").grad = None  # as of a stage that does not reach this layer
         penalty = torch.as_tensor(ewc.pull(model, progress)).item()
-        assert all(p.grad is not None for p in model.parameters())
+        assert penalty == 0 or all(p.grad is not None for p in model.parameters())
         return penalty, model.head[0].bias.grad - 1
 
     assert ewc.pull(model, 1) == 0
@@ -883,7 +883,8 @@ def test_fisher_is_that_of_a_loop_over_single_images_and_the_penalty_that_of_a_k
     penalty, gradient = pulled()
     assert penalty == pytest.approx((5 * seg * 0.2 ** 2 + 7 * det * 0.1 ** 2).sum().item() / 2, rel=1e-3)
     torch.testing.assert_close(gradient, 5 * seg * 0.2 + 7 * det * 0.1, rtol=1e-3, atol=1e-6)
-    assert model.head[2].weight.grad[CLS].eq(1).all()
+    rows = ewc.terms["det"][0][list(dict(model.named_parameters())).index("head.2.weight")]
+    assert rows[DET].any() and not rows[CLS].any() and not rows[SEG].any()
     model.head[0].bias.requires_grad_(False)  # as `freeze` leaves it
     assert pulled()[0] == 0 and not pulled()[1].any()
 
@@ -891,10 +892,17 @@ def test_fisher_is_that_of_a_loop_over_single_images_and_the_penalty_that_of_a_k
     empty.batch[1]["labels"][:] = -1
     blind.remember("det", model, empty)
     assert not any(f.any() for f in blind.terms["det"][0])  # an image whose objects left the window tells nothing
-    free = forgetting.EWC(settings(ewc_lambda=[0.0, 0.0, 7.0]))
-    free.remember("seg", model, MiniSet(shapes, "seg", "train", 64))
-    free.remember("det", model, samples)
-    assert free.terms.keys() == {"det"}  # the Fisher information of a term that is never used is not computed
+    model.head[0].bias.requires_grad_(True)
+    for lambdas, in_stage_2, in_stage_3, kept in (([0.0, 5.0, 7.0], False, True, {"seg", "det"}),
+                                                 ([3.0, 0.0, 7.0], True, False, {"seg", "det"}),
+                                                 ([0.0, 0.0, 7.0], False, False, {"det"})):  # never used: not computed
+        ewc = forgetting.EWC(settings(ewc_lambda=lambdas))
+        ewc.remember("seg", model, MiniSet(shapes, "seg", "train", 64))
+        with torch.no_grad():
+            model.head[0].bias += 0.1
+        assert (pulled()[0] > 0) == in_stage_2
+        ewc.remember("det", model, samples)
+        assert (pulled()[0] > 0) == in_stage_3 and ewc.terms.keys() == kept
 
 
 def test_distillation_is_zero_for_an_equal_student_and_reaches_neither_teacher_nor_new_rows(shapes):
@@ -1145,6 +1153,26 @@ def test_defaults_follow_the_data(tmp_path, monkeypatch, capsys):
     assert {k: args[k] for k in ("weights", "image_size", "batch_size", "trunk_lr")} == dict(
         weights="imagenet", image_size=320, batch_size=8, trunk_lr=[0.2, 0.2, 0.05])
     assert vars(train.parse(["--device", "cpu", "--data", "shapes"]))["data"] == train.SHAPES_DIR
+    alone, together = ([5, 1, 1], [3e4, 3e4, 2e3], [1, 1, 1]), ([2, 0.3, 0.3], [3e3, 0, 2e3], [1, 2, 1])
+    for strategy, expected in (("none", alone), ("lwf", alone), ("ewc", alone), ("lwf+replay+ewc", together)):
+        args = train.parse(["--device", "cpu", "--strategy", strategy])
+        assert (args.lwf_weight, args.ewc_lambda, args.shared_lr) == expected
+    args = train.parse("--device cpu --strategy ewc+lwf --lwf-weight 0 --ewc-lambda 0 --shared-lr 0".split())
+    assert (args.lwf_weight, args.ewc_lambda, args.shared_lr) == ([0] * 3, [0] * 3, [1, 0, 0])  # Stage 1 is the baseline
+
+
+def test_the_shared_layers_have_their_own_rate_in_each_later_stage(shapes, finished, monkeypatch):
+    used, make = [], train.make_optimizer
+
+    def record(model, task, args, shared_lr=1.0):
+        used.append((task, shared_lr))
+        optimizer, scaler = make(model, task, args, shared_lr)
+        assert {g["share"] for g in optimizer.param_groups} == {1.0, shared_lr}
+        return optimizer, scaler
+
+    monkeypatch.setattr(train, "make_optimizer", record)
+    train.main(flags(shapes, finished[0].parent / "rates", "--strategy", "none", "--shared-lr", "9", "2", "3"))
+    assert used[-2:] == [("det", 2.0), ("cls", 3.0)] and {rate for _, rate in used[:-2]} == {1.0}
 
 
 def test_same_seed_same_numbers_and_another_seed_others(shapes, finished, tmp_path):
@@ -1246,7 +1274,8 @@ def test_wrong_use_ends_in_one_sentence(shapes, finished, tmp_path, monkeypatch)
                             (["--lwf-temperature", "0"], "above 0"), (["--replay-weight", "-1"], "not be negative"),
                             (["--replay-images", "11"], "at most 10"), (["--epochs", "0"], "of at least 1"),
                             (["--shared-lr", "-1"], "--shared-lr"),
-                            (["--image-size", "100"], "multiple of 32"), (["--out", str(finished[0])], "finished run"),
+                            (["--image-size", "100"], "multiple of 32"), (["--batch-size", "0"], "at least 1"),
+                            (["--out", str(finished[0])], "finished run"),
                             (["--weights", "none.pth"], "none.pth"), (["--device", "abacus"], "abacus"),
                             (["--out", __file__], "must be a folder"), (["--lr", "1e9"], r"images .*jpg.*lower --lr")):
         with pytest.raises(UserError, match=sentence):

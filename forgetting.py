@@ -43,8 +43,8 @@ class Remedy:
         return 0.0
 
     def pull(self, model, progress):
-        """A penalty on the weights: adds its gradient to theirs, between backward and update, and returns it. By hand, as
-        autograd takes several times as long. progress: the share of the stage that is done, in (0, 1]."""
+        """A penalty on the weights: adds its gradient to theirs, between backward and update, and returns it. By hand,
+        as autograd takes several times as long. progress: the share of the stage that is done, in (0, 1]."""
         return 0.0
 
 
@@ -150,8 +150,8 @@ class EWC(Remedy):
     gradients of one training image at a time (a square of a mean over images would be another thing), augmented once,
     at its true labels, in eval mode. An image counts as one observation with the task's own loss as its negative
     log-likelihood: the mean over pixels, or over objects, as neighbouring pixels are far from independent; one whose
-    objects have all left the window adds nothing. So the tasks' F differ in scale, and so do the λ: one value, or three for
-    seg in Stage 2, seg in Stage 3, det in Stage 3.
+    objects have all left the window adds nothing. So the tasks' F differ in scale, and so do the λ: one value, or
+    three for seg in Stage 2, seg in Stage 3, det in Stage 3.
     """
 
     def __init__(self, args):
@@ -196,7 +196,7 @@ class EWC(Remedy):
 
 
 class Freeze(Remedy):
-    """Feature extraction (Donahue et al. 2014, arXiv:1310.1531; the baseline of that name in Li & Hoiem 2016, section 2).
+    """Feature extraction (Donahue et al. 2014, arXiv:1310.1531; so called in Li & Hoiem 2016, section 2).
 
         θ_trunk (with `--freeze neck` θ_neck too) of Stages 2 and 3 = that of Stage 1
 
@@ -221,8 +221,8 @@ def add_flags(add):
     add("--replay-batch", type=int, default=4, help="stored images per old task a step (default: %(default)s)")
     add("--replay-weight", type=float, default=1.0, help="weight of a replayed task's loss (default: %(default)s)")
     add("--lwf-weight", type=float, nargs="+", help="weight of the distance to the previous model's outputs: one "
-        "value, or three for segmentation in Stage 2, segmentation in Stage 3, detection in Stage 3 (default: 2 0.3 0.3 "
-        "beside ewc, else 5 1 1)")
+        "value, or three for segmentation in Stage 2, segmentation in Stage 3, detection in Stage 3 (default: "
+        "2 0.3 0.3 beside ewc, else 5 1 1)")
     add("--lwf-temperature", type=float, default=2.0, help="softens the outputs that are compared "
         "(default: %(default)s)")
     add("--ewc-lambda", type=float, nargs="+", help="weight of EWC's terms: one value, or three as above "
@@ -233,9 +233,9 @@ def add_flags(add):
 
 
 def preset(strategy):
-    """Defaults that depend on the strategy. EWC and LwF together can be gentler than each alone, and the shared layers can
-    learn detection faster, as what drifts is corrected twice. In Stage 3 the spring of segmentation would pull back what
-    detection moved since, so LwF alone keeps it there, and detection has the spring."""
+    """Defaults that depend on the strategy. EWC and LwF together can be gentler than each alone, and the shared layers
+    can learn detection faster, as what drifts is corrected twice. In Stage 3 the spring of segmentation would pull
+    back what detection moved since, so LwF alone keeps it there, and detection has the spring."""
     if "ewc" in strategy and "lwf" in strategy:
         return {"lwf_weight": [2.0, 0.3, 0.3], "ewc_lambda": [3e3, 0.0, 2e3], "shared_lr": [1.0, 2.0, 1.0]}
     return {"lwf_weight": [5.0, 1.0, 1.0], "ewc_lambda": [3e4, 3e4, 2e3], "shared_lr": [1.0]}

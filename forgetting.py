@@ -238,7 +238,7 @@ def preset(strategy):
     back what detection moved since, so LwF alone keeps it there, and detection has the spring."""
     if "ewc" in strategy and "lwf" in strategy:
         return {"lwf_weight": [2.0, 0.3, 0.3], "ewc_lambda": [3e3, 0.0, 2e3], "shared_lr": [1.0, 2.0, 1.0]}
-    return {"lwf_weight": [5.0, 1.0, 1.0], "ewc_lambda": [3e4, 3e4, 2e3], "shared_lr": [1.0]}
+    return {"lwf_weight": [5.0, 1.0, 1.0], "ewc_lambda": [3e4, 3e4, 2e3], "shared_lr": [1.0, 1.0, 1.0]}
 
 
 def build(args):

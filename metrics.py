@@ -22,7 +22,7 @@ from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
 from data import FOLDERS, IGNORE, TASKS, MiniSet, UserError
-from forgetting import REMEDIES
+from forgetting import REMEDIES, preset
 from model import detections, load_model, normalise, take
 
 NAMES = {"seg": "mIoU", "det": "mAP@50", "cls": "Top-1"}
@@ -321,7 +321,7 @@ def load_run(folder):
 
 def compare(folders):
     """Runs -> a Markdown table: a row per strategy, mean ± std over its seeds, and how many of them pass (`judge`).
-    Runs that differ in more than the seed have rows of their own, which name what is not that of most rows."""
+    Runs that differ in more than the seed have rows of their own, which name what is neither default nor most rows'."""
     groups = {}  # {seed: results} of runs that have all else in common; of two with one seed the last counts
     for folder in folders:
         try:
@@ -343,15 +343,15 @@ def compare(folders):
     columns = [f"{NAMES[t]} {what}" for t in TASKS for what in ("baseline", "final", "drop", "drop_own", "pass")]
     lines = [head := ["strategy", "seeds", *columns, "ACC", "BWT", "forgetting", "all pass"], ["---"] * len(head)]
     for common, runs in zip(settings, ([*group.values()] for group in groups.values())):
-        unusual = [f"{k} {v}" for k, v in common.items() if k != "strategy" and [str(v)] != usual[k]]
-        row = [", ".join([common["strategy"], *unusual]), str(len(runs))]
-        passes = {key: f"{sum(r['verdict'][key] for r in runs)}/{len(runs)}"
-                  if common["strategy"] != "joint" else "–" for key in (*TASKS, "all")}  # joint is a target
+        expected = usual | {k: [str(v)] for k, v in preset(common["strategy"]).items()}
+        unusual = [f"{k} {v}" for k, v in common.items() if k != "strategy" and [str(v)] != expected[k]]
+        row, target = [", ".join([common["strategy"], *unusual]), str(len(runs))], common["strategy"] == "joint"
+        passes = {k: "–" if target else f"{sum(r['verdict'][k] for r in runs)}/{len(runs)}" for k in (*TASKS, "all")}
         for t in TASKS:
             row += [cell([r[key][t] for r in runs], ".3f") for key in ("baseline", "final")]
             row += [cell([r[k][t] for r in runs], "+.1%", "not learned") for k in ("drop", "drop_own")] + [passes[t]]
-        row += [cell([r["continual"][name] for r in runs], ".3f") for name in ("ACC", "BWT", "forgetting")]
-        lines.append([*row, passes["all"]])
+        measures = (cell([r["continual"][name] for r in runs], ".3f") for name in ("ACC", "BWT", "forgetting"))
+        lines.append([*row, *measures, passes["all"]])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

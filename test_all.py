@@ -1218,6 +1218,11 @@ def test_compare_prints_a_row_per_strategy(shapes, finished, tmp_path):
     rows = [[cell.strip() for cell in line.split("|")] for line in metrics.compare(folders).splitlines()[2:]]
     assert [row[1:3] for row in rows] == [["none", "3"], ["lwf, lwf_weight [2.0, 2.0, 2.0]", "1"],
                                          ["replay+lwf, lwf_weight [1.0, 1.0, 1.0]", "1"], ["joint", "1"]]
+    metrics.write_json(tmp_path / "default" / "results.json", results | {"args": {
+        **results["args"], "strategy": "lwf", **forgetting.preset("lwf")}})
+    lines = metrics.compare([*folders, tmp_path / "default"]).splitlines()
+    assert sorted(line.split(" |")[0] for line in lines if line.startswith("| lwf")) == [
+        "| lwf", "| lwf, lwf_weight [2.0, 2.0, 2.0]"]  # what is the strategy's default goes without saying
     learned = [results["baseline"][task] >= metrics.LEARNED[task] for task in data.TASKS]
     assert [row[7:18:5] for row in rows] == [[f"{2 * ok}/3" for ok in learned], *[[f"{int(ok)}/1" for ok in learned]] * 2, ["–"] * 3]
     assert rows[3][-2] == "–"

@@ -156,7 +156,7 @@ class EWC(Remedy):
 
     def __init__(self, args):
         super().__init__(args)
-        self.terms = {}  # of each old task: F and θ*, two lists of tensors like the model's parameters
+        self.terms = {}  # of each old task: √F and θ*, two lists of tensors like the model's parameters
 
     def remember(self, task, model, samples):
         early, late, det = self.args.ewc_lambda
@@ -176,7 +176,7 @@ class EWC(Remedy):
             for f, p in zip(fisher, parameters):
                 f += 0 if p.grad is None else p.grad.square() / len(samples)
         model.zero_grad()
-        self.terms[task] = fisher, [p.detach().clone() for p in parameters]
+        self.terms[task] = [f.sqrt() for f in fisher], [p.detach().clone() for p in parameters]
 
     @torch.no_grad()
     def pull(self, model, progress):
@@ -185,13 +185,16 @@ class EWC(Remedy):
             strength = self.lambdas[task] * (progress if self.args.ewc_ramp else 1.0)
             if not strength:
                 continue
-            for p, f, anchor in zip(model.parameters(), *term):
-                if p.requires_grad:  # not frozen
-                    away = p - anchor
-                    force = f * away
-                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                    p.grad.add_(force, alpha=strength)
-                    penalty += strength / 2 * force.mul_(away).sum()
+            learning = [each for each in zip(model.parameters(), *term) if each[0].requires_grad]  # not frozen
+            parameters, roots, anchors = map(list, zip(*learning))
+            for p in parameters:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            # With s = √F (θ - θ*), the penalty is λ/2 Σ s² and its gradient λ √F s. All tensors in one call each, as
+            # there are 154, most of them tiny. (The public name of these functions, torch.foreach, is recent.)
+            stretched = torch._foreach_sub(parameters, anchors)
+            torch._foreach_mul_(stretched, roots)
+            torch._foreach_addcmul_([p.grad for p in parameters], roots, stretched, value=strength)
+            penalty += strength / 2 * torch.stack(torch._foreach_norm(stretched)).square().sum()
         return penalty
 
 

@@ -95,24 +95,25 @@ class Joint(Replay):
 class LwF(Remedy):
     """Learning without Forgetting (Li & Hoiem 2016, arXiv:1606.09282, eq. 1-3; Hinton et al. 2015, arXiv:1503.02531).
 
-        L = L_new + Σ_old weight_old · D_old(outputs of the model before this stage, outputs now)
+        L = L_new + Σ_old weight_old · D_old(outputs of the model that had just learned the old task, outputs now)
 
-    The teacher is the model as the last stage left it. It needs no stored image: both see the images of the new task,
-    and those that `replay` draws, if it takes part. D is KL for segmentation (the mean over the cells of stride 8) and
-    for classification; for detection it is summed over all cells, weighed for box and class by the teacher's
-    confidence, and divided by the sum of these confidences. Nothing is asked of the new task's outputs, which the
-    teacher never learned. Li & Hoiem's warm-up, in which the new rows learn alone, is left out. In Stage 3 a quarter of
-    the new images is compared: alone, classification skips the fine levels of the pyramid, and an image that needs them
-    and the teacher takes about three times as long.
+    In Stage 2 this teacher is the previous model, as in the paper. In Stage 3 each old task has a teacher of its own:
+    asked about segmentation, the model of Stage 1 also restores some of what Stage 2 took. No stored image is needed:
+    teachers and student see the images of the new task, and those that `replay` draws, if it takes part. D is KL for
+    segmentation (the mean over the cells of stride 8) and for classification; for detection it is summed over all
+    cells, weighed for box and class by the teacher's confidence, and divided by the sum of these confidences. Nothing
+    is asked of the new task's outputs, which no teacher has learned. Li & Hoiem's warm-up, in which the new rows learn
+    alone, is left out. In Stage 3 an eighth of the new images is compared: alone, classification skips the fine levels
+    of the pyramid, and an image that needs them and two teachers takes more than four times as long.
     """
 
     def __init__(self, args):
         super().__init__(args)
-        self.teacher = None
+        self.teachers = {}  # of each old task
 
     def remember(self, task, model, samples):
-        self.teacher, self.outputs = deepcopy(model).eval().requires_grad_(False), (*self.outputs, task)
-        self.part = 1.0 if task == "seg" else 0.25
+        self.teachers[task] = deepcopy(model).eval().requires_grad_(False)
+        self.outputs, self.part = tuple(self.teachers), 1.0 if task == "seg" else 0.125
 
     def divergence(self, logits, taught, dim):
         """T² · KL(teacher ‖ student) of logits softened by the temperature T, over `dim` (Hinton, section 2)."""
@@ -135,7 +136,7 @@ class LwF(Remedy):
         if not self.outputs:
             return 0.0
         with torch.no_grad():
-            taught = self.teacher(images, self.outputs, upsample=False)
+            taught = {t: teacher(images, (t,), upsample=False)[t] for t, teacher in self.teachers.items()}
         weights = self.args.lwf_weight[len(self.outputs) - 1:]  # Stage 2: [0], Stage 3: [1, 2]
         return sum(weight * self.distance(t, out[t].float(), taught[t].float())
                    for weight, t in zip(weights, self.outputs))
@@ -225,7 +226,7 @@ def add_flags(add):
     add("--replay-weight", type=float, default=1.0, help="weight of a replayed task's loss (default: %(default)s)")
     add("--lwf-weight", type=float, nargs="+", help="weight of the distance to the previous model's outputs: one "
         "value, or three for segmentation in Stage 2, segmentation in Stage 3, detection in Stage 3 (default: "
-        "2 0.3 0.3 beside ewc, else 5 1 1)")
+        "4 1 0.3 beside ewc, else 5 1 1)")
     add("--lwf-temperature", type=float, default=2.0, help="softens the outputs that are compared "
         "(default: %(default)s)")
     add("--ewc-lambda", type=float, nargs="+", help="weight of EWC's terms: one value, or three as above "
@@ -236,11 +237,11 @@ def add_flags(add):
 
 
 def preset(strategy):
-    """Defaults that depend on the strategy. EWC and LwF together can be gentler than each alone, and the shared layers
-    can learn detection faster, as what drifts is corrected twice. In Stage 3 the spring of segmentation would pull
-    back what detection moved since, so LwF alone keeps it there, and detection has the spring."""
+    """Defaults that depend on the strategy. EWC beside LwF can be gentler than alone, and in Stage 2 the shared layers
+    can learn detection three times as fast, as what drifts is corrected twice. In Stage 3 a spring of segmentation
+    would pull back what detection moved since, so LwF alone restores it there, and detection has the spring."""
     if "ewc" in strategy and "lwf" in strategy:
-        return {"lwf_weight": [2.0, 0.3, 0.3], "ewc_lambda": [3e3, 0.0, 2e3], "shared_lr": [1.0, 2.0, 1.0]}
+        return {"lwf_weight": [4.0, 1.0, 0.3], "ewc_lambda": [3e3, 0.0, 2e3], "shared_lr": [1.0, 3.0, 1.0]}
     return {"lwf_weight": [5.0, 1.0, 1.0], "ewc_lambda": [3e4, 3e4, 2e3], "shared_lr": [1.0, 1.0, 1.0]}
 
 

@@ -2,7 +2,7 @@
 
     acts on    class            what it adds to a step of a later stage
     data       Replay, Joint    batches()                     old images beside the new ones
-    outputs    LwF              output_loss(images, out)      the previous model's answers, to be kept
+    outputs    LwF              output_loss(images, out)      what models that had just learned old tasks answer
     weights    EWC              pull(model, progress)         a spring that holds what old tasks need
     weights    Freeze           nothing: the trunk, or trunk and neck, stop learning
 
@@ -97,14 +97,15 @@ class LwF(Remedy):
 
         L = L_new + Σ_old weight_old · D_old(outputs of the model that had just learned the old task, outputs now)
 
-    In Stage 2 this teacher is the previous model, as in the paper. In Stage 3 each old task has a teacher of its own:
-    asked about segmentation, the model of Stage 1 also restores some of what Stage 2 took. No stored image is needed:
-    teachers and student see the images of the new task, and those that `replay` draws, if it takes part. D is KL for
-    segmentation (the mean over the cells of stride 8) and for classification; for detection it is summed over all
-    cells, weighed for box and class by the teacher's confidence, and divided by the sum of these confidences. Nothing
-    is asked of the new task's outputs, which no teacher has learned. Li & Hoiem's warm-up, in which the new rows learn
-    alone, is left out. In Stage 3 an eighth of the new images is compared: alone, classification skips the fine levels
-    of the pyramid, and an image that needs them and two teachers takes more than four times as long.
+    In Stage 2 that is the previous model, as in the paper. In Stage 3 the paper would ask the previous model about both
+    old tasks; here segmentation is asked of the model of Stage 1, so that the student can also regain what Stage 2
+    lost. The price is a stored model for each old task. No stored image is needed: teachers and student see the images
+    of the new task, and those that `replay` draws, if it takes part. D is KL for segmentation (the mean over the cells
+    of stride 8) and for classification; for detection it is summed over all cells, weighed for box and class by the
+    teacher's confidence, and divided by the sum of these confidences. Nothing is asked of the new task's outputs, which
+    no teacher has learned. Li & Hoiem's warm-up, in which the new rows learn alone, is left out. In Stage 3 an eighth
+    of the new images is compared, as one that needs two teachers and all pyramid levels takes several times as long as
+    one that is only classified; with live BatchNorm all are, since a batch in parts would have other statistics.
     """
 
     def __init__(self, args):
@@ -113,7 +114,8 @@ class LwF(Remedy):
 
     def remember(self, task, model, samples):
         self.teachers[task] = deepcopy(model).eval().requires_grad_(False)
-        self.outputs, self.part = tuple(self.teachers), 1.0 if task == "seg" else 0.125
+        self.outputs = tuple(self.teachers)
+        self.part = 1.0 if task == "seg" or self.args.bn == "live" else 0.125
 
     def divergence(self, logits, taught, dim):
         """T² · KL(teacher ‖ student) of logits softened by the temperature T, over `dim` (Hinton, section 2)."""
@@ -186,12 +188,14 @@ class EWC(Remedy):
             strength = self.lambdas[task] * (progress if self.args.ewc_ramp else 1.0)
             if not strength:
                 continue
-            learning = [each for each in zip(model.parameters(), *term) if each[0].requires_grad]  # not frozen
-            parameters, roots, anchors = map(list, zip(*learning))
+            learning = [(p, root, anchor) for p, root, anchor in zip(model.parameters(), *term) if p.requires_grad]
+            parameters, roots, anchors = (list(column) for column in zip(*learning))  # without frozen ones
             for p in parameters:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            # With s = √F (θ - θ*), the penalty is λ/2 Σ s² and its gradient λ √F s. All tensors in one call each, as
-            # there are 154, most of them tiny. (The public name of these functions, torch.foreach, is recent.)
+                if p.grad is None:
+                    p.grad = torch.zeros_like(p)
+            # With s = √F (θ - θ*), the penalty is λ/2 Σ s² and its gradient λ √F s. Each call below handles all
+            # tensors: there are 154, most of them tiny, and calling for each would take longer than the arithmetic.
+            # (torch.foreach, the public name of these functions, is missing from older versions of torch.)
             stretched = torch._foreach_sub(parameters, anchors)
             torch._foreach_mul_(stretched, roots)
             torch._foreach_addcmul_([p.grad for p in parameters], roots, stretched, value=strength)
@@ -224,7 +228,7 @@ def add_flags(add):
     add("--replay-tasks", nargs="+", choices=TASKS, default=list(TASKS), help="old tasks to replay (default: all)")
     add("--replay-batch", type=int, default=4, help="stored images per old task a step (default: %(default)s)")
     add("--replay-weight", type=float, default=1.0, help="weight of a replayed task's loss (default: %(default)s)")
-    add("--lwf-weight", type=float, nargs="+", help="weight of the distance to the previous model's outputs: one "
+    add("--lwf-weight", type=float, nargs="+", help="weight of the distance to the old outputs: one "
         "value, or three for segmentation in Stage 2, segmentation in Stage 3, detection in Stage 3 (default: "
         "4 1 0.3 beside ewc, else 5 1 1)")
     add("--lwf-temperature", type=float, default=2.0, help="softens the outputs that are compared "
@@ -239,7 +243,8 @@ def add_flags(add):
 def preset(strategy):
     """Defaults that depend on the strategy. EWC beside LwF can be gentler than alone, and in Stage 2 the shared layers
     can learn detection three times as fast, as what drifts is corrected twice. In Stage 3 a spring of segmentation
-    would pull back what detection moved since, so LwF alone restores it there, and detection has the spring."""
+    would pull the weights back to before detection was learned; so only LwF, which holds outputs and not weights,
+    looks after segmentation there, and detection has the spring."""
     if "ewc" in strategy and "lwf" in strategy:
         return {"lwf_weight": [4.0, 1.0, 0.3], "ewc_lambda": [3e3, 0.0, 2e3], "shared_lr": [1.0, 3.0, 1.0]}
     return {"lwf_weight": [5.0, 1.0, 1.0], "ewc_lambda": [3e4, 3e4, 2e3], "shared_lr": [1.0, 1.0, 1.0]}

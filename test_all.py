@@ -445,7 +445,7 @@ def settings(**more):
                                      trunk_lr=[1.0] * 3, batch_size=4, weight_decay=0.1, eval_every=0, replay_images=10,
                                      replay_batch=2, replay_weight=1.0, replay_tasks=list(TASKS), strategy="none",
                                      lwf_weight=[1.0] * 3, lwf_temperature=2.0, ewc_lambda=[1.0, 1.0, 1.0], ewc_ramp=False,
-                                     freeze="trunk"), **more})
+                                     freeze="trunk", bn="fixed"), **more})
 
 
 def one_stage(model, task, shapes, remedies=()):
@@ -885,14 +885,30 @@ def test_fisher_is_that_of_a_loop_over_single_images_and_the_penalty_that_of_a_k
     torch.testing.assert_close(gradient, 5 * seg * 0.2 + 7 * det * 0.1, rtol=1e-3, atol=1e-6)
     rows = ewc.terms["det"][0][list(dict(model.named_parameters())).index("head.2.weight")]
     assert rows[DET].any() and not rows[CLS].any() and not rows[SEG].any()
-    model.head[0].bias.requires_grad_(False)  # as `freeze` leaves it
-    assert pulled()[0] == 0 and not pulled()[1].any()
+    frozen = [model.head[0].bias, model.features[0][0].weight]
+    for p in frozen:
+        p.requires_grad_(False)  # as `freeze` leaves it
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.01 * torch.randn_like(p)
+    learning = [i for i, p in enumerate(model.parameters()) if p.requires_grad]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    by_hand = sum(weight / 2 * (term[0][i] ** 2 * (p - term[1][i]) ** 2).sum() for i, p in zip(learning, parameters)
+                  for weight, term in ((5e3, ewc.terms["seg"]), (7e3, ewc.terms["det"])))
+    gradients = torch.autograd.grad(by_hand, parameters)
+    assert sum((g.abs() > 1e-3).sum() for g in gradients) > 1000
+    ewc.lambdas = {"seg": 5e3, "det": 7e3}
+    assert pulled()[0] == pytest.approx(by_hand.item(), rel=1e-4) and by_hand > 0
+    unreached = model.fpn.get_parameter("layer_blocks.0.0.bias")  # its gradient began as None
+    torch.testing.assert_close([p.grad - float(p is not unreached) for p in parameters], [*gradients], rtol=1e-3, atol=1e-6)
+    assert all((p.grad == 1).all() for p in frozen)
 
     blind, empty = forgetting.EWC(settings()), MiniSet(shapes, "det", "train", 64)
     empty.batch[1]["labels"][:] = -1
     blind.remember("det", model, empty)
     assert not any(f.any() for f in blind.terms["det"][0])  # an image whose objects left the window tells nothing
-    model.head[0].bias.requires_grad_(True)
+    for p in frozen:
+        p.requires_grad_(True)
     for lambdas, in_stage_2, in_stage_3, kept in (([0.0, 5.0, 7.0], False, True, {"seg", "det"}),
                                                  ([3.0, 0.0, 7.0], True, False, {"seg", "det"}),
                                                  ([0.0, 0.0, 7.0], False, False, {"det"})):  # never used: not computed
@@ -921,7 +937,9 @@ def test_distillation_is_zero_for_an_equal_student_and_reaches_neither_teacher_n
     lwf.remember("det", model, None)  # from now on each old task has the teacher that had just learned it
     with torch.no_grad():
         first, second = (lwf.teachers[t](images, upsample=False) for t in ("seg", "det"))
-    assert (lwf.outputs, lwf.part) == (("seg", "det"), 1 / 8) and not torch.equal(first["seg"], second["seg"])
+    live = forgetting.LwF(settings(bn="live"))
+    live.remember("det", model, None)
+    assert (lwf.outputs, lwf.part, live.part) == (("seg", "det"), 1 / 8, 1) and not torch.equal(first["seg"], second["seg"])
     assert abs(lwf.output_loss(images, {"seg": first["seg"], "det": second["det"]}).item()) < 1e-4
     before = [{k: v.clone() for k, v in teacher.state_dict().items()} for teacher in lwf.teachers.values()]
     with torch.no_grad():
@@ -1187,7 +1205,7 @@ def test_same_seed_same_numbers_and_another_seed_others(shapes, finished, tmp_pa
 
 
 @pytest.mark.parametrize("strategy, bn", [("none", "fixed"), ("none", "live"), ("replay", "live"), ("ewc", "fixed"),
-                                          ("lwf", "fixed"), ("freeze", "live"), ("ewc+lwf", "fixed"),
+                                          ("lwf", "fixed"), ("lwf", "live"), ("freeze", "live"), ("ewc+lwf", "fixed"),
                                           ("ewc+freeze+replay", "fixed"), ("joint", "fixed")])
 def test_every_strategy_runs_and_shares_the_baselines(shapes, finished, strategy, bn, capsys):
     out = finished[0].parent / f"{strategy}-{bn}"

@@ -234,7 +234,7 @@ def add_flags(add):
     add("--lwf-temperature", type=float, default=2.0, help="softens the outputs that are compared "
         "(default: %(default)s)")
     add("--ewc-lambda", type=float, nargs="+", help="weight of EWC's terms: one value, or three as above "
-        "(default: 3000 0 2000 beside lwf, else 30000 30000 2000)")
+        "(default: 3000 10000 2000 beside lwf, else 30000 30000 2000)")
     add("--ewc-ramp", action="store_true", help="let EWC's weight grow from 0 to its full value within each stage")
     add("--freeze", choices=["trunk", "neck"], default="trunk", help="what `freeze` holds after Stage 1: the trunk, or "
         "trunk and neck (default: %(default)s)")
@@ -242,11 +242,10 @@ def add_flags(add):
 
 def preset(strategy):
     """Defaults that depend on the strategy. EWC beside LwF can be gentler than alone, and in Stage 2 the shared layers
-    can learn detection three times as fast, as what drifts is corrected twice. In Stage 3 a spring of segmentation
-    would pull the weights back to before detection was learned; so only LwF, which holds outputs and not weights,
-    looks after segmentation there, and detection has the spring."""
+    can learn detection three times as fast, as what drifts is corrected twice. In Stage 3 segmentation has a stiffer
+    spring and its first teacher: both take back what Stage 2 cost it, where detection's own spring lets them."""
     if "ewc" in strategy and "lwf" in strategy:
-        return {"lwf_weight": [4.0, 1.0, 0.3], "ewc_lambda": [3e3, 0.0, 2e3], "shared_lr": [1.0, 3.0, 1.0]}
+        return {"lwf_weight": [4.0, 1.0, 0.3], "ewc_lambda": [3e3, 1e4, 2e3], "shared_lr": [1.0, 3.0, 1.0]}
     return {"lwf_weight": [5.0, 1.0, 1.0], "ewc_lambda": [3e4, 3e4, 2e3], "shared_lr": [1.0, 1.0, 1.0]}
 
 

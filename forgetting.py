@@ -230,7 +230,7 @@ def add_flags(add):
     add("--replay-weight", type=float, default=1.0, help="weight of a replayed task's loss (default: %(default)s)")
     add("--lwf-weight", type=float, nargs="+", help="weight of the distance to the old outputs: one "
         "value, or three for segmentation in Stage 2, segmentation in Stage 3, detection in Stage 3 (default: "
-        "4 1 0.3 beside ewc, else 5 1 1)")
+        "2 1 0.3 beside ewc, else 5 1 1)")
     add("--lwf-temperature", type=float, default=2.0, help="softens the outputs that are compared "
         "(default: %(default)s)")
     add("--ewc-lambda", type=float, nargs="+", help="weight of EWC's terms: one value, or three as above "
@@ -242,10 +242,10 @@ def add_flags(add):
 
 def preset(strategy):
     """Defaults that depend on the strategy. EWC beside LwF can be gentler than alone, and in Stage 2 the shared layers
-    can learn detection three times as fast, as what drifts is corrected twice. In Stage 3 segmentation has a stiffer
+    can learn detection twice as fast, as what drifts is corrected twice. In Stage 3 segmentation has a stiffer
     spring and its first teacher: both take back what Stage 2 cost it, where detection's own spring lets them."""
     if "ewc" in strategy and "lwf" in strategy:
-        return {"lwf_weight": [4.0, 1.0, 0.3], "ewc_lambda": [3e3, 1e4, 2e3], "shared_lr": [1.0, 3.0, 1.0]}
+        return {"lwf_weight": [2.0, 1.0, 0.3], "ewc_lambda": [3e3, 1e4, 2e3], "shared_lr": [1.0, 2.0, 1.0]}
     return {"lwf_weight": [5.0, 1.0, 1.0], "ewc_lambda": [3e4, 3e4, 2e3], "shared_lr": [1.0, 1.0, 1.0]}
 
 

@@ -241,9 +241,9 @@ def add_flags(add):
 
 
 def preset(strategy):
-    """Defaults that depend on the strategy. EWC beside LwF can be gentler than alone, and in Stage 2 the shared layers
-    can learn detection twice as fast, as what drifts is corrected twice. In Stage 3 segmentation has a stiffer
-    spring and its first teacher: both take back what Stage 2 cost it, where detection's own spring lets them."""
+    """Defaults that depend on the strategy. EWC beside LwF can be gentler than alone, and in Stage 2 (of photos) the
+    shared layers can learn detection twice as fast, as what drifts is corrected twice. In Stage 3 segmentation has a
+    stiffer spring and its first teacher: both take back what Stage 2 cost it, where detection's own spring lets them."""
     if "ewc" in strategy and "lwf" in strategy:
         return {"lwf_weight": [2.0, 1.0, 0.3], "ewc_lambda": [3e3, 1e4, 2e3], "shared_lr": [1.0, 2.0, 1.0]}
     return {"lwf_weight": [5.0, 1.0, 1.0], "ewc_lambda": [3e4, 3e4, 2e3], "shared_lr": [1.0, 1.0, 1.0]}

@@ -1178,6 +1178,7 @@ def test_defaults_follow_the_data(tmp_path, monkeypatch, capsys):
     for strategy, expected in (("none", alone), ("lwf", alone), ("ewc", alone), ("lwf+replay+ewc", together)):
         args = train.parse(["--device", "cpu", "--strategy", strategy])
         assert (args.lwf_weight, args.ewc_lambda, args.shared_lr) == expected
+    assert train.parse(["--device", "cpu", "--data", "shapes", "--strategy", "ewc+lwf"]).shared_lr == [1, 1, 1]
     args = train.parse("--device cpu --strategy ewc+lwf --lwf-weight 0 --ewc-lambda 0 --shared-lr 0".split())
     assert (args.lwf_weight, args.ewc_lambda, args.shared_lr) == ([0] * 3, [0] * 3, [1, 0, 0])  # Stage 1 is the baseline
 

@@ -135,13 +135,11 @@ class LwF(Remedy):
         return (kept + confidence * (2 * boxes + classes)).sum() / confidence.sum().clamp(min=1)
 
     def output_loss(self, images, out):
-        if not self.outputs:
-            return 0.0
         with torch.no_grad():
             taught = {t: teacher(images, (t,), upsample=False)[t] for t, teacher in self.teachers.items()}
-        weights = self.args.lwf_weight[len(self.outputs) - 1:]  # Stage 2: [0], Stage 3: [1, 2]
-        return sum(weight * self.distance(t, out[t].float(), taught[t].float())
-                   for weight, t in zip(weights, self.outputs))
+        weights = self.args.lwf_weight[len(taught) - 1:]  # Stage 2: [0], Stage 3: [1, 2]
+        return sum(weight * self.distance(t, out[t].float(), then.float())
+                   for weight, (t, then) in zip(weights, taught.items()))
 
 
 class EWC(Remedy):

@@ -29,7 +29,7 @@ from model import OneHead, augment, load_weights, save_model, take
 
 # What depends on the data: drawn shapes are learned from scratch in minutes, photos from an ImageNet trunk.
 DEFAULTS = {"shapes": dict(weights="none", image_size=96, epochs=[22, 22, 16], lr=[2e-3, 2e-3, 1e-3],
-                           trunk_lr=[1.0] * 3, batch_size=16, shared_lr=[1.0] * 3),  # a faster one diverges
+                           trunk_lr=[1.0] * 3, batch_size=16, shared_lr=[1.0] * 3),  # preset's diverges
             "photos": dict(weights="imagenet", image_size=320, epochs=[40, 40, 15], lr=[1e-3],
                            trunk_lr=[0.2, 0.2, 0.05], batch_size=8)}
 SHAPES_DIR = ".shapes/v1"  # drawn on first use

@@ -2,7 +2,7 @@
 
     acts on    class            what it adds to a step of a later stage
     data       Replay, Joint    batches()                     old images beside the new ones
-    outputs    LwF              output_loss(images, out)      what models that had just learned old tasks answer
+    outputs    LwF              output_loss(images, out)      the previous model's answers, to be kept
     weights    EWC              pull(model, progress)         a spring that holds what old tasks need
     weights    Freeze           nothing: the trunk, or trunk and neck, stop learning
 
@@ -95,27 +95,24 @@ class Joint(Replay):
 class LwF(Remedy):
     """Learning without Forgetting (Li & Hoiem 2016, arXiv:1606.09282, eq. 1-3; Hinton et al. 2015, arXiv:1503.02531).
 
-        L = L_new + Σ_old weight_old · D_old(outputs of the model that had just learned the old task, outputs now)
+        L = L_new + Σ_old weight_old · D_old(outputs of the previous model, outputs now)
 
-    In Stage 2 that is the previous model, as in the paper. In Stage 3 the paper would ask the previous model about both
-    old tasks; here segmentation is asked of the model of Stage 1, so that the student can also regain what Stage 2
-    lost. The price is a stored model for each old task. No stored image is needed: teachers and student see the images
-    of the new task, and those that `replay` draws, if it takes part. D is KL for segmentation (the mean over the cells
-    of stride 8) and for classification; for detection it is summed over all cells, weighed for box and class by the
-    teacher's confidence, and divided by the sum of these confidences. Nothing is asked of the new task's outputs, which
-    no teacher has learned. Li & Hoiem's warm-up, in which the new rows learn alone, is left out. In Stage 3 an eighth
-    of the new images is compared, as one that needs two teachers and all pyramid levels takes several times as long as
+    The teacher is the model as the last stage left it. It needs no stored image: both see the images of the new task,
+    and those that `replay` draws, if it takes part. D is KL for segmentation (the mean over the cells of stride 8) and
+    for classification; for detection it is summed over all cells, weighed for box and class by the teacher's
+    confidence, and divided by the sum of these confidences. Nothing is asked of the new task's outputs, which the
+    teacher never learned. Li & Hoiem's warm-up, in which the new rows learn alone, is left out. In Stage 3 a quarter of
+    the new images is compared, as one that needs the teacher and all pyramid levels takes about three times as long as
     one that is only classified; with live BatchNorm all are, since a batch in parts would have other statistics.
     """
 
     def __init__(self, args):
         super().__init__(args)
-        self.teachers = {}  # of each old task
+        self.teacher = None
 
     def remember(self, task, model, samples):
-        self.teachers[task] = deepcopy(model).eval().requires_grad_(False)
-        self.outputs = tuple(self.teachers)
-        self.part = 1.0 if task == "seg" or self.args.bn == "live" else 0.125
+        self.teacher, self.outputs = deepcopy(model).eval().requires_grad_(False), (*self.outputs, task)
+        self.part = 1.0 if task == "seg" or self.args.bn == "live" else 0.25
 
     def divergence(self, logits, taught, dim):
         """T² · KL(teacher ‖ student) of logits softened by the temperature T, over `dim` (Hinton, section 2)."""
@@ -135,11 +132,13 @@ class LwF(Remedy):
         return (kept + confidence * (2 * boxes + classes)).sum() / confidence.sum().clamp(min=1)
 
     def output_loss(self, images, out):
+        if not self.outputs:  # Stage 1
+            return 0.0
         with torch.no_grad():
-            taught = {t: teacher(images, (t,), upsample=False)[t] for t, teacher in self.teachers.items()}
-        weights = self.args.lwf_weight[len(taught) - 1:]  # Stage 2: [0], Stage 3: [1, 2]
-        return sum(weight * self.distance(t, out[t].float(), then.float())
-                   for weight, (t, then) in zip(weights, taught.items()))
+            taught = self.teacher(images, self.outputs, upsample=False)
+        weights = self.args.lwf_weight[len(self.outputs) - 1:]  # Stage 2: [0], Stage 3: [1, 2]
+        return sum(weight * self.distance(t, out[t].float(), taught[t].float())
+                   for weight, t in zip(weights, self.outputs))
 
 
 class EWC(Remedy):
@@ -240,8 +239,8 @@ def add_flags(add):
 
 def preset(strategy):
     """Defaults that depend on the strategy. EWC beside LwF can be gentler than alone, and in Stage 2 (of photos) the
-    shared layers can learn detection twice as fast, as what drifts is corrected twice. In Stage 3 segmentation has a
-    stiffer spring and its first teacher: both take back what Stage 2 cost it, where detection's own spring lets them."""
+    shared layers can learn detection twice as fast, as what drifts is corrected twice. In Stage 3 the stiffer spring
+    draws segmentation back to where Stage 1 left it, which LwF's teacher, the model after Stage 2, cannot."""
     if "ewc" in strategy and "lwf" in strategy:
         return {"lwf_weight": [2.0, 1.0, 0.3], "ewc_lambda": [3e3, 1e4, 2e3], "shared_lr": [1.0, 2.0, 1.0]}
     return {"lwf_weight": [5.0, 1.0, 1.0], "ewc_lambda": [3e4, 3e4, 2e3], "shared_lr": [1.0, 1.0, 1.0]}

@@ -101,7 +101,7 @@ class LwF(Remedy):
     and those that `replay` draws, if it takes part. D is KL for segmentation (the mean over the cells of stride 8) and
     for classification; for detection it is summed over all cells, weighed for box and class by the teacher's
     confidence, and divided by the sum of these confidences. Nothing is asked of the new task's outputs, which the
-    teacher never learned. Li & Hoiem's warm-up, in which the new rows learn alone, is left out. In Stage 3 a quarter of
+    teacher never learned. Li & Hoiem's warm-up, in which the new rows learn alone, is left out. In Stage 3 an eighth of
     the new images is compared, as one that needs the teacher and all pyramid levels takes about three times as long as
     one that is only classified; with live BatchNorm all are, since a batch in parts would have other statistics.
     """
@@ -112,7 +112,7 @@ class LwF(Remedy):
 
     def remember(self, task, model, samples):
         self.teacher, self.outputs = deepcopy(model).eval().requires_grad_(False), (*self.outputs, task)
-        self.part = 1.0 if task == "seg" or self.args.bn == "live" else 0.25
+        self.part = 1.0 if task == "seg" or self.args.bn == "live" else 0.125
 
     def divergence(self, logits, taught, dim):
         """T² · KL(teacher ‖ student) of logits softened by the temperature T, over `dim` (Hinton, section 2)."""

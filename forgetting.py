@@ -1,9 +1,9 @@
 """Remedies against forgetting, each a small class. `--strategy` names one, or several joined with +.
 
     acts on    class            what it adds to a step of a later stage
-    data       Replay, Joint    batches()                     old images beside the new ones
-    outputs    LwF              output_loss(images, out)      the previous model's answers, to be kept
-    weights    EWC              pull(model, progress)         a spring that holds what old tasks need
+    data       Replay, Joint    batches()                        old images beside the new ones
+    outputs    LwF              output_loss(model, images, out)  the previous model's answers, to be kept
+    weights    EWC              pull(model, progress)            a spring that holds what old tasks need
     weights    Freeze           nothing: the trunk, or trunk and neck, stop learning
 
 All of them get remember(task, model, samples) after the stage of `task`, if another stage follows.
@@ -15,6 +15,7 @@ from itertools import islice
 import torch
 import torch.nn.functional as F
 from torchvision.ops import box_convert
+from torchvision.utils import make_grid
 
 from data import TASKS, UserError, draw
 from losses import giou_loss, task_loss
@@ -25,7 +26,7 @@ class Remedy:
     """What a remedy does where it does not say otherwise: nothing."""
 
     outputs = ()  # the tasks whose outputs output_loss compares,
-    part = 1.0  # and on which part of the new task's images: (0, 1]; the smallest of all remedies counts
+    tiled = False  # and whether it does so on mosaics of the new task's images instead of the images themselves
     sizes = {}  # images that a step draws, by task
 
     def __init__(self, args):
@@ -38,8 +39,8 @@ class Remedy:
         """Further batches of this step: [(task, images, target, weight of its loss)]."""
         return []
 
-    def output_loss(self, images, out):
-        """Called for every batch of a step, and weighed by its share of the step's images."""
+    def output_loss(self, model, images, out):
+        """Called for every batch of a step, and weighed by its share of the step's images. out: what `model` says."""
         return 0.0
 
     def pull(self, model, progress):
@@ -92,6 +93,13 @@ class Joint(Replay):
                       for t, n in zip(TASKS[1:], args.epochs[1:])}
 
 
+def mosaics(images):
+    """Fours of images at half size, 2 by 2: (B, 3, H, W) -> (ceil(B / 4), 3, H, W), where the last may repeat some."""
+    tiles = F.avg_pool2d(images, 2)  # (B, 3, H/2, W/2)
+    fours = [[tiles[i % len(tiles)] for i in range(start, start + 4)] for start in range(0, len(tiles), 4)]
+    return torch.stack([make_grid(four, nrow=2, padding=0) for four in fours])  # (ceil(B / 4), 3, H, W)
+
+
 class LwF(Remedy):
     """Learning without Forgetting (Li & Hoiem 2016, arXiv:1606.09282, eq. 1-3; Hinton et al. 2015, arXiv:1503.02531).
 
@@ -101,18 +109,20 @@ class LwF(Remedy):
     and those that `replay` draws, if it takes part. D is KL for segmentation (the mean over the cells of stride 8) and
     for classification; for detection it is summed over all cells, weighed for box and class by the teacher's
     confidence, and divided by the sum of these confidences. Nothing is asked of the new task's outputs, which the
-    teacher never learned. Li & Hoiem's warm-up, in which the new rows learn alone, is left out. In Stage 3 an eighth of
-    the new images is compared, as one that needs the teacher and all pyramid levels takes about three times as long as
-    one that is only classified; with live BatchNorm all are, since a batch in parts would have other statistics.
+    teacher never learned. Li & Hoiem's warm-up, in which the new rows learn alone, is left out. In Stage 3 teacher and
+    student see, in every second step and with twice the weight, the new images at half size in `mosaics` of four: an
+    image that needs the teacher and all pyramid levels takes several times as long as one that is only classified, and
+    photos of one object, seen from close, are unlike those that detection knows. With live BatchNorm, whose statistics
+    mosaics would bend, they see the batch itself in every step.
     """
 
     def __init__(self, args):
         super().__init__(args)
-        self.teacher = None
+        self.teacher, self.steps = None, 0
 
     def remember(self, task, model, samples):
         self.teacher, self.outputs = deepcopy(model).eval().requires_grad_(False), (*self.outputs, task)
-        self.part = 1.0 if task == "seg" or self.args.bn == "live" else 0.125
+        self.tiled = task == "det" and self.args.bn == "fixed"
 
     def divergence(self, logits, taught, dim):
         """T² · KL(teacher ‖ student) of logits softened by the temperature T, over `dim` (Hinton, section 2)."""
@@ -131,9 +141,15 @@ class LwF(Remedy):
         classes = self.divergence(out[..., 5:], taught[..., 5:], 2)  # (B, N)
         return (kept + confidence * (2 * boxes + classes)).sum() / confidence.sum().clamp(min=1)
 
-    def output_loss(self, images, out):
+    def output_loss(self, model, images, out):
         if not self.outputs:  # Stage 1
             return 0.0
+        if "seg" not in out:  # the new images of Stage 3, which were classified only
+            self.steps += 1
+            if self.steps % 2 == 0:
+                return 0.0
+            tiled = mosaics(images)
+            return 2 * self.output_loss(model, tiled, model(tiled, self.outputs, upsample=False))
         with torch.no_grad():
             taught = self.teacher(images, self.outputs, upsample=False)
         weights = self.args.lwf_weight[len(self.outputs) - 1:]  # Stage 2: [0], Stage 3: [1, 2]
@@ -227,7 +243,7 @@ def add_flags(add):
     add("--replay-weight", type=float, default=1.0, help="weight of a replayed task's loss (default: %(default)s)")
     add("--lwf-weight", type=float, nargs="+", help="weight of the distance to the old outputs: one "
         "value, or three for segmentation in Stage 2, segmentation in Stage 3, detection in Stage 3 (default: "
-        "2 1 0.3 beside ewc, else 5 1 1)")
+        "2 1 1 beside ewc, else 5 1 1)")
     add("--lwf-temperature", type=float, default=2.0, help="softens the outputs that are compared "
         "(default: %(default)s)")
     add("--ewc-lambda", type=float, nargs="+", help="weight of EWC's terms: one value, or three as above "
@@ -242,7 +258,7 @@ def preset(strategy):
     shared layers can learn detection twice as fast, as what drifts is corrected twice. In Stage 3 the stiffer spring
     draws segmentation back to where Stage 1 left it, which LwF's teacher, the model after Stage 2, cannot."""
     if "ewc" in strategy and "lwf" in strategy:
-        return {"lwf_weight": [2.0, 1.0, 0.3], "ewc_lambda": [3e3, 1e4, 2e3], "shared_lr": [1.0, 2.0, 1.0]}
+        return {"lwf_weight": [2.0, 1.0, 1.0], "ewc_lambda": [3e3, 1e4, 2e3], "shared_lr": [1.0, 2.0, 1.0]}
     return {"lwf_weight": [5.0, 1.0, 1.0], "ewc_lambda": [3e4, 3e4, 2e3], "shared_lr": [1.0, 1.0, 1.0]}
 
 

@@ -929,7 +929,7 @@ def test_distillation_is_zero_for_an_equal_student_and_reaches_neither_teacher_n
     lwf.remember("seg", model, None)
     with torch.no_grad():
         model.head[0].weight.mul_(1.1)
-    assert (lwf.outputs, lwf.part) == (("seg",), 1)
+    assert (lwf.outputs, lwf.tiled) == (("seg",), False)
     changed = {"seg": model(images, ("seg",), upsample=False)["seg"] + torch.randn(21, 1, 1)}
     once = lwf.output_loss(images, changed)
     lwf.args.lwf_weight = [5.0, 7.0, 11.0]  # Stage 2, Stage 3 twice
@@ -938,7 +938,7 @@ def test_distillation_is_zero_for_an_equal_student_and_reaches_neither_teacher_n
     out = model(images, upsample=False)
     live = forgetting.LwF(settings(bn="live"))
     live.remember("det", model, None)
-    assert (lwf.outputs, lwf.part, live.part) == (("seg", "det"), 1 / 8, 1)
+    assert (lwf.outputs, lwf.tiled, live.tiled) == (("seg", "det"), True, False)
     assert abs(lwf.output_loss(images, out).item()) < 1e-4
     before = {k: v.clone() for k, v in lwf.teacher.state_dict().items()}
     with torch.no_grad():
@@ -954,6 +954,16 @@ def test_distillation_is_zero_for_an_equal_student_and_reaches_neither_teacher_n
     assert rows[CLS].count_nonzero() == 0 and rows[SEG].count_nonzero() and rows[DET].count_nonzero()
     assert not lwf.teacher.training and all(p.grad is None for p in lwf.teacher.parameters())
     assert all(torch.equal(before[k], v) for k, v in lwf.teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("n", [5, 3, 1])
+def test_a_mosaic_shows_four_images_at_half_size(n):
+    images = torch.rand(n, 3, 64, 96)
+    tiles = forgetting.mosaic(images)[0]
+    assert tiles.shape == (3, 64, 96)
+    for k, (y, x) in enumerate(product((0, 32), (0, 48))):
+        by_hand = images[k % n].reshape(3, 32, 2, 48, 2).mean((2, 4))
+        torch.testing.assert_close(tiles[:, y:y + 32, x:x + 48], by_hand)
 
 
 def test_divergences_by_hand():
@@ -1007,14 +1017,15 @@ class Stub(forgetting.Remedy):
         return progress * weight.detach().square().sum()
 
 
-@pytest.mark.parametrize("part", [1.0, 0.5])
-def test_a_step_follows_the_gradient_of_loss_and_all_penalties(shapes, part, monkeypatch):
-    monkeypatch.setattr(Stub, "part", part)
+@pytest.mark.parametrize("tiled", [False, True])
+def test_a_step_follows_the_gradient_of_loss_and_all_penalties(shapes, tiled, monkeypatch):
+    monkeypatch.setattr(Stub, "tiled", tiled)
     model, (images, target), (old, labels) = trained(shapes), step_batches(shapes, "det", 4), step_batches(shapes, "cls", 2)
     out, replayed = model(images, upsample=False), model(old, upsample=False)
     loss = losses.det_loss(out["det"], target, model.locations(images))
     penalty = 3 * F.cross_entropy(replayed["cls"], labels["labels"][:, 0]) + 0.25 * model.head[0].weight.square().sum()
-    compared = out["seg"][:int(4 * part)], replayed["seg"]
+    seen = forgetting.mosaic(images) if tiled else images  # the replayed ones are seen as they are
+    compared = model(seen, ("seg",), upsample=False)["seg"], replayed["seg"]
     penalty = penalty + 4 / 6 * compared[0].square().mean() + 2 / 6 * compared[1].square().mean()
     parameters = list(model.parameters())
     gradients = torch.autograd.grad(loss + penalty, parameters)

@@ -150,16 +150,13 @@ def train_step(model, task, images, target, remedies, optimizer, scaler, progres
     """One update -> (loss of the current task, penalty: all that remedies add), detached and left on the device:
     reading them would make a GPU wait. progress: the share of the stage that is done, in (0, 1]."""
     batches = [(task, images, target, 1.0), *(batch for r in remedies for batch in r.batches())]
-    asked, part = {old for r in remedies for old in r.outputs}, min((r.part for r in remedies), default=1.0)
+    asked, tiled = {old for r in remedies for old in r.outputs}, any(r.tiled for r in remedies)
     with torch.autocast(images.device.type, torch.float16, enabled=scaler.is_enabled()):
         losses, penalty = [], torch.zeros((), device=images.device)
         for t, x, y, weight in batches:
-            n = math.ceil(part * len(x)) if t == task else len(x)  # on the other images t alone is asked for
-            out = model(x[:n], {t, *asked}, upsample=False)
+            out = model(x, {t} if tiled and t == task else {t, *asked}, upsample=False)
             share = len(x) / sum(len(batch[1]) for batch in batches)  # of the step's images
-            penalty = penalty + share * sum(r.output_loss(x[:n], out) for r in remedies)
-            if n < len(x):
-                out[t] = torch.cat([out[t], model(x[n:], (t,), upsample=False)[t]])
+            penalty = penalty + share * sum(r.output_loss(model, x, out) for r in remedies)
             losses.append(weight * task_loss(t, out, y, model.locations(x)))
         penalty = penalty + sum(losses[1:])
     optimizer.zero_grad()

@@ -26,7 +26,7 @@ class Remedy:
     """What a remedy does where it does not say otherwise: nothing."""
 
     outputs = ()  # the tasks whose outputs output_loss compares,
-    tiled = False  # and whether it does so on mosaics of the new task's images instead of the images themselves
+    tiled = False  # and whether of the new images it compares mosaics only: then their `out` holds the new task alone
     sizes = {}  # images that a step draws, by task
 
     def __init__(self, args):
@@ -148,8 +148,8 @@ class LwF(Remedy):
             self.steps += 1
             if self.steps % 2 == 0:
                 return 0.0
-            tiled = mosaics(images)
-            return 2 * self.output_loss(model, tiled, model(tiled, self.outputs, upsample=False))
+            seen = mosaics(images)  # (ceil(B / 4), 3, H, W)
+            return 2 * self.output_loss(model, seen, model(seen, self.outputs, upsample=False))
         with torch.no_grad():
             taught = self.teacher(images, self.outputs, upsample=False)
         weights = self.args.lwf_weight[len(self.outputs) - 1:]  # Stage 2: [0], Stage 3: [1, 2]

@@ -935,6 +935,7 @@ def test_distillation_is_zero_for_an_equal_student_and_reaches_neither_teacher_n
     lwf.args.lwf_weight = [5.0, 7.0, 11.0]  # Stage 2, Stage 3 twice
     torch.testing.assert_close(lwf.output_loss(model, images, changed), 5 * once)
     lwf.remember("det", model, None)  # the later model teaches both
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in lwf.teacher.state_dict().items())
     out = model(images, upsample=False)
     live = forgetting.LwF(settings(bn="live"))
     live.remember("det", model, None)
@@ -948,10 +949,15 @@ def test_distillation_is_zero_for_an_equal_student_and_reaches_neither_teacher_n
     out, taught = model(images, upsample=False), lwf.teacher(images, upsample=False)
     by_hand = sum(w * lwf.distance(t, out[t], taught[t]) for w, t in ((7, "seg"), (11, "det")))
     torch.testing.assert_close(lwf.output_loss(model, images, out), by_hand)
-    tiles = forgetting.mosaics(images)
-    on_tiles = 2 * lwf.output_loss(model, tiles, model(tiles, upsample=False))
-    for expected in (on_tiles, 0, on_tiles):  # where images were classified only: their mosaics, in every second step
-        torch.testing.assert_close(lwf.output_loss(model, images, {"cls": out["cls"]}), expected, check_dtype=False)
+    seen = forgetting.mosaics(images)
+    of_mosaics = 2 * lwf.output_loss(model, seen, model(seen, upsample=False))
+    assert lwf.steps == 0  # it counts the steps whose new images were only classified
+    tiled = [lwf.output_loss(model, images, {"cls": out["cls"]}) for _ in range(3)]
+    torch.testing.assert_close(tiled[0], of_mosaics)
+    assert tiled[1] == 0 and tiled[2] == tiled[0] == of_mosaics
+    tiled[0].backward()
+    assert model.head[0].weight.grad.abs().max() > 0
+    model.zero_grad()
     loss.backward()
     assert loss > 0.01 and model.head[0].weight.grad.abs().max() > 0
     rows = model.head[2].weight.grad
@@ -1147,8 +1153,11 @@ def test_benchmark_measures_and_writes(shapes, tmp_path, capsys, monkeypatch):
         [call() for call in calls.values()]
         return {name: [n, n, 4 * n] for n, name in enumerate(calls, 2)}  # whole 2, bare 3; OneHead 2, the others 3, 4, 5
     monkeypatch.setattr(metrics, "interleaved", timed)
+    steps, real = [], train.train_step
+    monkeypatch.setattr(train, "train_step", lambda *given: steps.append(len(given[4])) or real(*given))
     out = tmp_path / "benchmark.json"
     result = train.main(flags(shapes, out, "--benchmark"))
+    assert steps == [0, 0, 1, 1] * 3  # whole, bare, and two with the remedy
     assert json.loads(out.read_text()) == json.loads(json.dumps(result))
     assert result["parameters"] == 1_606_606 and result["rivals_over_ours"] == [(3 + 4 + 5) / 2, (6 + 7 + 8) / 2]
     assert result["latency_ms"]["OneHead"] == {"p50": 2, "p95": pytest.approx(7.4)}

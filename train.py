@@ -154,7 +154,8 @@ def train_step(model, task, images, target, remedies, optimizer, scaler, progres
     with torch.autocast(images.device.type, torch.float16, enabled=scaler.is_enabled()):
         losses, penalty = [], torch.zeros((), device=images.device)
         for t, x, y, weight in batches:
-            out = model(x, {t} if tiled and t == task else {t, *asked}, upsample=False)
+            apart = tiled and t == task  # then a remedy asks for the old tasks itself, on mosaics
+            out = model(x, {t} if apart else {t, *asked}, upsample=False)
             share = len(x) / sum(len(batch[1]) for batch in batches)  # of the step's images
             penalty = penalty + share * sum(r.output_loss(model, x, out) for r in remedies)
             losses.append(weight * task_loss(t, out, y, model.locations(x)))

@@ -112,8 +112,8 @@ class LwF(Remedy):
     teacher never learned. Li & Hoiem's warm-up, in which the new rows learn alone, is left out. In Stage 3 teacher and
     student see, in every second step and with twice the weight, the new images at half size in `mosaics` of four: an
     image that needs the teacher and all pyramid levels takes several times as long as one that is only classified, and
-    photos of one object, seen from close, are unlike those that detection knows. With live BatchNorm, whose statistics
-    mosaics would bend, they see the batch itself in every step.
+    smaller objects are what detection has learned. With live BatchNorm, whose statistics mosaics would bend, they see
+    the batch itself in every step.
     """
 
     def __init__(self, args):

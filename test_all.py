@@ -982,6 +982,10 @@ def test_divergences_by_hand():
     kl = 0.2 * np.log(0.2 / 0.5) + 0.8 * np.log(0.8 / 0.5)
     assert lwf.distance("cls", now, taught).item() == pytest.approx(kl, rel=1e-5)
     assert lwf.distance("seg", now[..., None, None], taught[..., None, None]).item() == pytest.approx(kl, rel=1e-5)
+    # two cells, background with 0.2 and with 0.9, where the student doubts both: weights 1 + 4 · 0.8 and 1 + 4 · 0.1
+    other = 0.9 * np.log(0.9 / 0.5) + 0.1 * np.log(0.1 / 0.5)
+    cells = torch.tensor([[[[0.2, 0.9]], [[0.8, 0.1]]]]).log()  # (1, 2, 1, 2)
+    assert lwf.distance("seg", torch.zeros(1, 2, 1, 2), cells).item() == pytest.approx((4.2 * kl + 1.4 * other) / 5.6)
     lwf.args.lwf_temperature = 2.0
     soft = taught.div(2).softmax(1)[0]
     assert lwf.distance("cls", now, taught).item() == pytest.approx(4 * (soft * (2 * soft).log()).sum().item(), rel=1e-5)
@@ -1196,7 +1200,7 @@ def test_defaults_follow_the_data(tmp_path, monkeypatch, capsys):
     assert {k: args[k] for k in ("weights", "image_size", "batch_size", "trunk_lr")} == dict(
         weights="imagenet", image_size=320, batch_size=8, trunk_lr=[0.2, 0.2, 0.05])
     assert vars(train.parse(["--device", "cpu", "--data", "shapes"]))["data"] == train.SHAPES_DIR
-    alone, together = ([5, 1, 1], [3e4, 3e4, 2e3], [1, 1, 1]), ([2, 1, 1], [3e3, 1e4, 2e3], [1, 2, 1])
+    alone, together = ([5, 1, 1], [3e4, 3e4, 2e3], [1, 1, 1]), ([1, 0.3, 2], [3e3, 3e4, 4e3], [1, 2, 1])
     for strategy, expected in (("none", alone), ("lwf", alone), ("ewc", alone), ("lwf+replay+ewc", together)):
         args = train.parse(["--device", "cpu", "--strategy", strategy])
         assert (args.lwf_weight, args.ewc_lambda, args.shared_lr) == expected

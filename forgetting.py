@@ -106,15 +106,14 @@ class LwF(Remedy):
         L = L_new + Σ_old weight_old · D_old(outputs of the previous model, outputs now)
 
     The teacher is the model as the last stage left it. It needs no stored image: both see the images of the new task,
-    and those that `replay` draws, if it takes part. D is KL for classification and segmentation, there a mean over the
-    cells of stride 8 in which what the teacher takes for an object weighs up to five times as much as background; for
-    detection it is summed over all cells, weighed for box and class by the teacher's
-    confidence, and divided by the sum of these confidences. Nothing is asked of the new task's outputs, which the
-    teacher never learned. Li & Hoiem's warm-up, in which the new rows learn alone, is left out. In Stage 3 teacher and
-    student see, in every second step and with twice the weight, the new images at half size in `mosaics` of four: an
-    image that needs the teacher and all pyramid levels takes several times as long as one that is only classified, and
-    smaller objects are what detection has learned. With live BatchNorm, whose statistics mosaics would bend, they see
-    the batch itself in every step.
+    and those that `replay` draws, if it takes part. D is KL: for segmentation a mean over the cells of stride 8, in
+    which what the teacher takes for an object weighs up to five times as much as background; for detection summed over
+    all cells, weighed for box and class by the teacher's confidence, and divided by the sum of these confidences.
+    Nothing is asked of the new task's outputs, which the teacher never learned. Li & Hoiem's warm-up, in which the new
+    rows learn alone, is left out. In Stage 3 teacher and student see, in every second step and with twice the weight,
+    the new images at half size in `mosaics` of four: an image that needs the teacher and all pyramid levels takes
+    several times as long as one that is only classified, and smaller objects are what detection has learned. With live
+    BatchNorm, whose statistics mosaics would bend, they see the batch itself in every step.
     """
 
     def __init__(self, args):
@@ -258,10 +257,10 @@ def add_flags(add):
 
 
 def preset(strategy):
-    """Defaults that depend on the strategy. EWC beside LwF can be gentler than alone, and in Stage 2 (of photos) the
+    """Defaults that depend on the strategy. In Stage 2 EWC beside LwF can be gentler than alone, and (on photos) the
     shared layers can learn detection twice as fast, as what drifts is corrected twice. In Stage 3 a stiffer spring
-    draws segmentation back to where Stage 1 left it, which LwF's teacher, the model after Stage 2, cannot: so there
-    the springs hold segmentation and LwF detection above all."""
+    draws segmentation back to where Stage 1 left it, which LwF's teacher, the model after Stage 2, cannot: so it hangs
+    on its spring above all, and detection on LwF and a spring twice as stiff as alone."""
     if "ewc" in strategy and "lwf" in strategy:
         return {"lwf_weight": [1.0, 0.3, 2.0], "ewc_lambda": [3e3, 3e4, 4e3], "shared_lr": [1.0, 2.0, 1.0]}
     return {"lwf_weight": [5.0, 1.0, 1.0], "ewc_lambda": [3e4, 3e4, 2e3], "shared_lr": [1.0, 1.0, 1.0]}

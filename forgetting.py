@@ -131,9 +131,7 @@ class LwF(Remedy):
         return t * t * (then.exp() * (then - now)).sum(dim)
 
     def distance(self, task, out, taught):
-        """D of one task, >= 0, and 0 where `out` = `taught`: both (B, 21, h, w), (B, N, 15) or (B, 10)."""
-        if task == "cls":
-            return self.divergence(out, taught, 1).mean()
+        """D of one task, >= 0, and 0 where `out` = `taught`: both (B, 21, h, w) or (B, N, 15)."""
         if task == "seg":  # background, most of every photo, is one class of 21 in the mIoU
             weight = 1 + 4 * (1 - taught.softmax(1)[:, 0])  # (B, h, w)
             return (weight * self.divergence(out, taught, 1)).sum() / weight.sum()
@@ -257,10 +255,9 @@ def add_flags(add):
 
 
 def preset(strategy):
-    """Defaults that depend on the strategy. In Stage 2 EWC beside LwF can be gentler than alone, and (on photos) the
-    shared layers can learn detection twice as fast, as what drifts is corrected twice. In Stage 3 a stiffer spring
-    draws segmentation back to where Stage 1 left it, which LwF's teacher, the model after Stage 2, cannot: so it hangs
-    on its spring above all, and detection on LwF and a spring twice as stiff as alone."""
+    """Defaults that depend on the strategy. In Stage 2 EWC beside LwF can be gentler than alone, and the shared layers
+    can learn twice as fast, as what drifts is corrected twice. In Stage 3 a stiffer spring draws segmentation back to
+    where Stage 1 left it, which LwF's teacher, the model after Stage 2, cannot."""
     if "ewc" in strategy and "lwf" in strategy:
         return {"lwf_weight": [1.0, 0.3, 2.0], "ewc_lambda": [3e3, 3e4, 4e3], "shared_lr": [1.0, 2.0, 1.0]}
     return {"lwf_weight": [5.0, 1.0, 1.0], "ewc_lambda": [3e4, 3e4, 2e3], "shared_lr": [1.0, 1.0, 1.0]}

@@ -248,7 +248,7 @@ def add_flags(add):
     add("--lwf-temperature", type=float, default=2.0, help="softens the outputs that are compared "
         "(default: %(default)s)")
     add("--ewc-lambda", type=float, nargs="+", help="weight of EWC's terms: one value, or three as above "
-        "(default: 3000 30000 4000 beside lwf, else 30000 30000 2000)")
+        "(default: 3000 30000 2000 beside lwf, else 30000 30000 2000)")
     add("--ewc-ramp", action="store_true", help="let EWC's weight grow from 0 to its full value within each stage")
     add("--freeze", choices=["trunk", "neck"], default="trunk", help="what `freeze` holds after Stage 1: the trunk, or "
         "trunk and neck (default: %(default)s)")
@@ -259,7 +259,7 @@ def preset(strategy):
     can learn twice as fast, as what drifts is corrected twice. In Stage 3 a stiffer spring draws segmentation back to
     where Stage 1 left it, which LwF's teacher, the model after Stage 2, cannot."""
     if "ewc" in strategy and "lwf" in strategy:
-        return {"lwf_weight": [1.0, 0.3, 2.0], "ewc_lambda": [3e3, 3e4, 4e3], "shared_lr": [1.0, 2.0, 1.0]}
+        return {"lwf_weight": [1.0, 0.3, 2.0], "ewc_lambda": [3e3, 3e4, 2e3], "shared_lr": [1.0, 2.0, 1.0]}
     return {"lwf_weight": [5.0, 1.0, 1.0], "ewc_lambda": [3e4, 3e4, 2e3], "shared_lr": [1.0, 1.0, 1.0]}
 
 

@@ -1200,7 +1200,7 @@ def test_defaults_follow_the_data(tmp_path, monkeypatch, capsys):
     assert {k: args[k] for k in ("weights", "image_size", "batch_size", "trunk_lr")} == dict(
         weights="imagenet", image_size=320, batch_size=8, trunk_lr=[0.2, 0.2, 0.05])
     assert vars(train.parse(["--device", "cpu", "--data", "shapes"]))["data"] == train.SHAPES_DIR
-    alone, together = ([5, 1, 1], [3e4, 3e4, 2e3], [1, 1, 1]), ([1, 0.3, 2], [3e3, 3e4, 4e3], [1, 2, 1])
+    alone, together = ([5, 1, 1], [3e4, 3e4, 2e3], [1, 1, 1]), ([1, 0.3, 2], [3e3, 3e4, 2e3], [1, 2, 1])
     for strategy, expected in (("none", alone), ("lwf", alone), ("ewc", alone), ("lwf+replay+ewc", together)):
         args = train.parse(["--device", "cpu", "--strategy", strategy])
         assert (args.lwf_weight, args.ewc_lambda, args.shared_lr) == expected

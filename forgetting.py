@@ -80,10 +80,9 @@ class Joint(Replay):
     """Not a remedy but the upper target, multitask learning (Caruana 1997): L = L_seg + L_det + L_cls.
 
     One stage over all tasks, each step with images of the three, from the whole training sets, which remember() gets
-    beforehand. Epochs and learning rate are those of Stage 1, the shares of a step those of the stages' epochs, so
-    that each task's images are seen about as often as in its own stage, if the sets are of one size. From scratch,
-    BatchNorm meets the tasks in turn and then answers with a mean of all three: joint training is the upper target of
-    photos, where the pretrained statistics are fixed.
+    beforehand. Epochs and learning rate are those of Stage 1, the shares of a step those of the stages' epochs, so that
+    each task's images are seen about as often as in its own stage, if the sets are of one size. From scratch BatchNorm
+    learns a mean of the tasks: joint training is the upper target of photos, whose pretrained statistics are fixed.
     """
 
     def __init__(self, args):
@@ -108,12 +107,11 @@ class LwF(Remedy):
     The teacher is the model as the last stage left it. It needs no stored image: both see the images of the new task,
     and those that `replay` draws, if it takes part. D is KL: for segmentation a mean over the cells of stride 8, in
     which what the teacher takes for an object weighs up to five times as much as background; for detection summed over
-    all cells, weighed for box and class by the teacher's confidence, and divided by the sum of these confidences.
-    Nothing is asked of the new task's outputs, which the teacher never learned. Li & Hoiem's warm-up, in which the new
-    rows learn alone, is left out. In Stage 3 teacher and student see, in every second step and with twice the weight,
-    the new images at half size in `mosaics` of four: an image that needs the teacher and all pyramid levels takes
-    several times as long as one that is only classified, and smaller objects are what detection has learned. With live
-    BatchNorm, whose statistics mosaics would bend, they see the batch itself in every step.
+    all cells, weighed for box and class by the teacher's confidence, and divided by the sum of these confidences. Li &
+    Hoiem's warm-up of the new rows alone is left out. In Stage 3 teacher and student see, in every second step and with
+    twice the weight, the new images at half size in `mosaics` of four: an image that needs the teacher and all pyramid
+    levels takes several times as long as one that is only classified, and smaller objects are what detection has
+    learned. With live BatchNorm, whose statistics mosaics would bend, they see the batch itself in every step.
     """
 
     def __init__(self, args):
@@ -254,12 +252,13 @@ def add_flags(add):
         "trunk and neck (default: %(default)s)")
 
 
-def preset(strategy):
+def preset(strategy, weights):
     """Defaults that depend on the strategy. In Stage 2 EWC beside LwF can be gentler than alone, and the shared layers
-    can learn twice as fast, as what drifts is corrected twice. In Stage 3 a stiffer spring draws segmentation back to
-    where Stage 1 left it, which LwF's teacher, the model after Stage 2, cannot."""
+    can learn twice as fast, as what drifts is corrected twice (from scratch that diverged). In Stage 3 a stiffer spring
+    draws segmentation back to where Stage 1 left it, which LwF's teacher, the model after Stage 2, cannot."""
     if "ewc" in strategy and "lwf" in strategy:
-        return {"lwf_weight": [1.0, 0.3, 2.0], "ewc_lambda": [3e3, 3e4, 2e3], "shared_lr": [1.0, 2.0, 1.0]}
+        rate = 1.0 if weights == "none" else 2.0
+        return {"lwf_weight": [1.0, 0.3, 2.0], "ewc_lambda": [3e3, 3e4, 2e3], "shared_lr": [1.0, rate, 1.0]}
     return {"lwf_weight": [5.0, 1.0, 1.0], "ewc_lambda": [3e4, 3e4, 2e3], "shared_lr": [1.0, 1.0, 1.0]}
 
 

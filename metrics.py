@@ -343,7 +343,7 @@ def compare(folders):
     columns = [f"{NAMES[t]} {what}" for t in TASKS for what in ("baseline", "final", "drop", "drop_own", "pass")]
     lines = [head := ["strategy", "seeds", *columns, "ACC", "BWT", "forgetting", "all pass"], ["---"] * len(head)]
     for common, runs in zip(settings, ([*group.values()] for group in groups.values())):
-        expected = usual | {k: [str(v)] for k, v in preset(common["strategy"]).items()}
+        expected = usual | {k: [str(v)] for k, v in preset(common["strategy"], common["weights"]).items()}
         unusual = [f"{k} {v}" for k, v in common.items() if k != "strategy" and [str(v)] != expected[k]]
         row, target = [", ".join([common["strategy"], *unusual]), str(len(runs))], common["strategy"] == "joint"
         passes = {k: "–" if target else f"{sum(r['verdict'][k] for r in runs)}/{len(runs)}" for k in (*TASKS, "all")}

@@ -1204,7 +1204,8 @@ def test_defaults_follow_the_data(tmp_path, monkeypatch, capsys):
     for strategy, expected in (("none", alone), ("lwf", alone), ("ewc", alone), ("lwf+replay+ewc", together)):
         args = train.parse(["--device", "cpu", "--strategy", strategy])
         assert (args.lwf_weight, args.ewc_lambda, args.shared_lr) == expected
-    assert train.parse(["--device", "cpu", "--data", "shapes", "--strategy", "ewc+lwf"]).shared_lr == [1, 1, 1]
+    for scratch in (["--data", "shapes"], ["--weights", "none"]):  # from scratch the doubled rate diverges
+        assert train.parse(["--device", "cpu", "--strategy", "ewc+lwf", *scratch]).shared_lr == [1, 1, 1]
     args = train.parse("--device cpu --strategy ewc+lwf --lwf-weight 0 --ewc-lambda 0 --shared-lr 0".split())
     assert (args.lwf_weight, args.ewc_lambda, args.shared_lr) == ([0] * 3, [0] * 3, [1, 0, 0])  # Stage 1 is the baseline
 
@@ -1267,7 +1268,7 @@ def test_compare_prints_a_row_per_strategy(shapes, finished, tmp_path):
     assert [row[1:3] for row in rows] == [["none", "3"], ["lwf, lwf_weight [2.0, 2.0, 2.0]", "1"],
                                          ["replay+lwf, lwf_weight [1.0, 1.0, 1.0]", "1"], ["joint", "1"]]
     metrics.write_json(tmp_path / "default" / "results.json", results | {"args": {
-        **results["args"], "strategy": "lwf", **forgetting.preset("lwf")}})
+        **results["args"], "strategy": "lwf", **forgetting.preset("lwf", "none")}})
     lines = metrics.compare([*folders, tmp_path / "default"]).splitlines()
     assert sorted(line.split(" |")[0] for line in lines if line.startswith("| lwf")) == [
         "| lwf", "| lwf, lwf_weight [2.0, 2.0, 2.0]"]  # what is the strategy's default goes without saying

@@ -29,7 +29,7 @@ from model import OneHead, augment, load_weights, save_model, take
 
 # What depends on the data: drawn shapes are learned from scratch in minutes, photos from an ImageNet trunk.
 DEFAULTS = {"shapes": dict(weights="none", image_size=96, epochs=[22, 22, 16], lr=[2e-3, 2e-3, 1e-3],
-                           trunk_lr=[1.0] * 3, batch_size=16, shared_lr=[1.0] * 3),  # preset's diverges
+                           trunk_lr=[1.0] * 3, batch_size=16),
             "photos": dict(weights="imagenet", image_size=320, epochs=[40, 40, 15], lr=[1e-3],
                            trunk_lr=[0.2, 0.2, 0.05], batch_size=8)}
 SHAPES_DIR = ".shapes/v1"  # drawn on first use
@@ -56,7 +56,7 @@ def parse(argv):
         "(default: 0.002 0.002 0.001 for shapes, 0.001 for photos)")
     add("--trunk-lr", type=float, nargs="+", help="the trunk's share of --lr (default: 1; photos: 0.2 0.2 0.05)")
     add("--shared-lr", type=float, nargs="+", help="share of --lr for trunk, neck and the head's first layer: one "
-        "value, or three; in Stage 1, a baseline, it stays 1 (default: 1, ewc with lwf on photos 1 2 1)")
+        "value, or three; in Stage 1, a baseline, it stays 1 (default: 1, ewc with lwf from pretrained weights 1 2 1)")
     add("--batch-size", type=int, help="images of the current task a step (default: 16 shapes, 8 photos)")
     add("--weight-decay", type=float, default=0.01, help="AdamW's, on all but the output layer (default: %(default)s)")
     add("--bn", choices=["fixed", "live"], default="fixed", help="fixed: BatchNorm statistics are kept once learned; "
@@ -82,7 +82,8 @@ def parse(argv):
     args.data = find_data(args.data)
     if args.eval:
         return args
-    for name, value in (preset(args.strategy) | DEFAULTS["shapes" if args.data == SHAPES_DIR else "photos"]).items():
+    defaults = DEFAULTS["shapes" if args.data == SHAPES_DIR else "photos"]
+    for name, value in (defaults | preset(args.strategy, args.weights or defaults["weights"])).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     for name, least in dict(epochs=1, lr=1e-9, trunk_lr=0, shared_lr=0, lwf_weight=0, ewc_lambda=0).items():

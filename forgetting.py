@@ -255,7 +255,7 @@ def add_flags(add):
 def preset(strategy, weights):
     """Defaults that depend on the strategy. In Stage 2 EWC beside LwF can be gentler than alone, and the shared layers
     can learn twice as fast, as what drifts is corrected twice (from scratch that diverged). In Stage 3 a stiffer spring
-    draws segmentation back to where Stage 1 left it, which LwF's teacher, the model after Stage 2, cannot."""
+    draws segmentation back towards what Stage 1 left, which LwF's teacher, the model after Stage 2, cannot."""
     if "ewc" in strategy and "lwf" in strategy:
         rate = 1.0 if weights == "none" else 2.0
         return {"lwf_weight": [1.0, 0.3, 2.0], "ewc_lambda": [3e3, 3e4, 2e3], "shared_lr": [1.0, rate, 1.0]}

@@ -253,13 +253,13 @@ def add_flags(add):
 
 
 def preset(strategy, weights):
-    """Defaults that depend on the strategy. In Stage 2 EWC beside LwF can be gentler than alone, and the shared layers
-    can learn twice as fast, as what drifts is corrected twice (from scratch that diverged). In Stage 3 a stiffer spring
-    draws segmentation back towards what Stage 1 left, which LwF's teacher, the model after Stage 2, cannot."""
-    if "ewc" in strategy and "lwf" in strategy:
-        rate = 1.0 if weights == "none" else 2.0
-        return {"lwf_weight": [1.0, 0.3, 2.0], "ewc_lambda": [3e3, 3e4, 2e3], "shared_lr": [1.0, rate, 1.0]}
-    return {"lwf_weight": [5.0, 1.0, 1.0], "ewc_lambda": [3e4, 3e4, 2e3], "shared_lr": [1.0, 1.0, 1.0]}
+    """Defaults that depend on the strategy. Stage 2: EWC beside LwF can be gentler, and the shared layers twice as fast,
+    as drift is corrected twice (from scratch that diverged). Stage 3: a stiff spring draws segmentation towards what
+    Stage 1 left, which LwF's teacher cannot; from scratch, slower shared layers spare what replay is to keep."""
+    scratch, mix = weights == "none", "ewc" in strategy and "lwf" in strategy
+    rates = [1.0, 1.0 if scratch or not mix else 2.0, 0.2 if scratch and "replay" in strategy else 1.0]
+    return {"shared_lr": rates, "lwf_weight": [1.0, 0.3, 2.0] if mix else [5.0, 1.0, 1.0],
+            "ewc_lambda": [3e3 if mix else 3e4, 3e4, 2e3]}
 
 
 def build(args):

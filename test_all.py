@@ -1206,6 +1206,9 @@ def test_defaults_follow_the_data(tmp_path, monkeypatch, capsys):
         assert (args.lwf_weight, args.ewc_lambda, args.shared_lr) == expected
     for scratch in (["--data", "shapes"], ["--weights", "none"]):  # from scratch the doubled rate diverges
         assert train.parse(["--device", "cpu", "--strategy", "ewc+lwf", *scratch]).shared_lr == [1, 1, 1]
+        assert train.parse(["--device", "cpu", *scratch]).shared_lr == [1, 1, 0.2]  # replay
+        assert train.parse(["--device", "cpu", "--strategy", "none", *scratch]).shared_lr == [1, 1, 1]
+    assert train.parse(["--device", "cpu"]).shared_lr == [1, 1, 1]
     args = train.parse("--device cpu --strategy ewc+lwf --lwf-weight 0 --ewc-lambda 0 --shared-lr 0".split())
     assert (args.lwf_weight, args.ewc_lambda, args.shared_lr) == ([0] * 3, [0] * 3, [1, 0, 0])  # Stage 1 is the baseline
 

@@ -163,10 +163,10 @@ class EWC(Remedy):
 
     θ* are the weights at the end of the old task's stage, F the diagonal of its empirical Fisher information: squared
     gradients of one training image at a time (a square of a mean over images would be another thing), augmented once,
-    at its true labels, in eval mode. An image counts as one observation with the task's own loss as its negative
-    log-likelihood: the mean over pixels, or over objects, as neighbouring pixels are far from independent; one whose
-    objects have all left the window adds nothing. So the tasks' F differ in scale, and so do the λ: one value, or
-    three for seg in Stage 2, seg in Stage 3, det in Stage 3.
+    at its true labels, in eval mode. An image is one observation with the task's own loss as its negative log-
+    likelihood: the mean over pixels, or over objects, as neighbouring pixels are far from independent. F shrinks the
+    better a task is fitted, and differs between tasks; so it is divided by its mean over all weights, and λ, one or
+    three (seg in Stage 2, seg in Stage 3, det in Stage 3), is as stiff at any image size and number of epochs.
     """
 
     def __init__(self, args):
@@ -191,7 +191,8 @@ class EWC(Remedy):
             for f, p in zip(fisher, parameters):
                 f += 0 if p.grad is None else p.grad.square() / len(samples)
         model.zero_grad()
-        self.terms[task] = [f.sqrt() for f in fisher], [p.detach().clone() for p in parameters]
+        mean = torch.cat([f.flatten() for f in fisher]).mean().clamp(min=1e-30)
+        self.terms[task] = [(f / mean).sqrt() for f in fisher], [p.detach().clone() for p in parameters]
 
     @torch.no_grad()
     def pull(self, model, progress):
@@ -240,26 +241,25 @@ def add_flags(add):
     add("--replay-tasks", nargs="+", choices=TASKS, default=list(TASKS), help="old tasks to replay (default: all)")
     add("--replay-batch", type=int, default=4, help="stored images per old task a step (default: %(default)s)")
     add("--replay-weight", type=float, default=1.0, help="weight of a replayed task's loss (default: %(default)s)")
-    add("--lwf-weight", type=float, nargs="+", help="weight of the distance to the old outputs: one "
-        "value, or three for segmentation in Stage 2, segmentation in Stage 3, detection in Stage 3 (default: "
-        "1 0.3 2 beside ewc, else 5 1 1)")
+    add("--lwf-weight", type=float, nargs="+", help="weight of the distance to the old outputs: one value, or three "
+        "for seg in Stage 2, seg in Stage 3, det in Stage 3 (default: 1 0.3 2 beside ewc, else 5 1 1)")
     add("--lwf-temperature", type=float, default=2.0, help="softens the outputs that are compared "
         "(default: %(default)s)")
     add("--ewc-lambda", type=float, nargs="+", help="weight of EWC's terms: one value, or three as above "
-        "(default: 3000 30000 2000 beside lwf, else 30000 30000 2000)")
+        "(default: 0.5 5 10 beside lwf, else 5 5 10)")
     add("--ewc-ramp", action="store_true", help="let EWC's weight grow from 0 to its full value within each stage")
     add("--freeze", choices=["trunk", "neck"], default="trunk", help="what `freeze` holds after Stage 1: the trunk, or "
         "trunk and neck (default: %(default)s)")
 
 
 def preset(strategy, weights):
-    """Defaults that depend on the strategy. Stage 2: EWC beside LwF can be gentler, and the shared layers twice as fast,
+    """Defaults that depend on the strategy. Stage 2: EWC beside LwF can be softer, and the shared layers twice as fast,
     as drift is corrected twice (from scratch that diverged). Stage 3: a stiff spring draws segmentation towards what
     Stage 1 left, which LwF's teacher cannot; from scratch, slower shared layers spare what replay is to keep."""
     scratch, mix = weights == "none", "ewc" in strategy and "lwf" in strategy
     rates = [1.0, 1.0 if scratch or not mix else 2.0, 0.2 if scratch and "replay" in strategy else 1.0]
     return {"shared_lr": rates, "lwf_weight": [1.0, 0.3, 2.0] if mix else [5.0, 1.0, 1.0],
-            "ewc_lambda": [3e3 if mix else 3e4, 3e4, 2e3]}
+            "ewc_lambda": [0.5 if mix else 5.0, 5.0, 10.0]}
 
 
 def build(args):

@@ -56,7 +56,7 @@ def parse(argv):
         "(default: 0.002 0.002 0.001 for shapes, 0.001 for photos)")
     add("--trunk-lr", type=float, nargs="+", help="the trunk's share of --lr (default: 1; photos: 0.2 0.2 0.05)")
     add("--shared-lr", type=float, nargs="+", help="share of --lr for trunk, neck and the head's first layer: one "
-        "value or three; Stage 1 keeps 1 (default: 1; ewc with lwf, pretrained, 1 2 1; replay from scratch 1 1 0.2)")
+        "value or three; Stage 1 keeps 1 (default: 1; ewc with lwf from pretrained weights 1 2 1)")
     add("--batch-size", type=int, help="images of the current task a step (default: 16 shapes, 8 photos)")
     add("--weight-decay", type=float, default=0.01, help="AdamW's, on all but the output layer (default: %(default)s)")
     add("--bn", choices=["fixed", "live"], default="fixed", help="fixed: BatchNorm statistics are kept once learned; "

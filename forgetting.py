@@ -165,7 +165,7 @@ class EWC(Remedy):
     gradients of one training image at a time (a square of a mean over images would be another thing), augmented once,
     at its true labels, in eval mode. An image is one observation, the task's own loss its negative log-likelihood: a
     mean over pixels, or over objects, as neighbouring pixels are far from independent. The division by the mean over
-    all weights is ours, not the paper's: that mean differs thirtyfold between tasks, and fell to a quarter for seg from
+    all weights is ours, not the paper's: that mean differs thirtyfold between tasks, and more than halved for seg from
     192 px, 20 epochs to 320 px, 40 epochs. λ, one or three (seg in Stage 2; seg, det in Stage 3), is a mean stiffness.
     """
 

@@ -238,13 +238,13 @@ REMEDIES = {"replay": Replay, "lwf": LwF, "ewc": EWC, "freeze": Freeze}
 def add_flags(add):
     """The remedies' own flags. `add`: an ArgumentParser's add_argument."""
     add("--replay-images", type=int, default=10, help="stored images per old task, 1 to 10 (default: %(default)s)")
-    add("--replay-tasks", nargs="+", choices=TASKS, default=list(TASKS), help="old tasks to replay (default: all)")
+    add("--replay-tasks", nargs="+", choices=TASKS[:2], default=list(TASKS[:2]), help="old tasks to replay (default: "
+        "both)")
     add("--replay-batch", type=int, default=4, help="stored images per old task a step (default: %(default)s)")
     add("--replay-weight", type=float, default=1.0, help="weight of a replayed task's loss (default: %(default)s)")
     add("--lwf-weight", type=float, nargs="+", help="weight of the distance to the old outputs: one value, or three "
         "for seg in Stage 2, seg in Stage 3, det in Stage 3 (default: 1 0.3 2 beside ewc, else 5 1 1)")
-    add("--lwf-temperature", type=float, default=2.0, help="softens the outputs that are compared "
-        "(default: %(default)s)")
+    add("--lwf-temperature", type=float, default=2.0, help="softens the outputs it compares (default: %(default)s)")
     add("--ewc-lambda", type=float, nargs="+", help="mean stiffness of EWC's springs: one value, or three as above "
         "(default: 0.5 5 10 beside lwf, else 5 5 10)")
     add("--ewc-ramp", action="store_true", help="let EWC's weight grow from 0 to its full value within each stage")

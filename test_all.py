@@ -1336,7 +1336,8 @@ def test_wrong_use_ends_in_one_sentence(shapes, finished, tmp_path, monkeypatch)
                             (["--image-size", "100"], "multiple of 32"), (["--batch-size", "0"], "at least 1"),
                             (["--out", str(finished[0])], "finished run"),
                             (["--weights", "none.pth"], "none.pth"), (["--device", "abacus"], "abacus"),
-                            (["--out", __file__], "must be a folder"), (["--lr", "1e9"], r"images .*jpg.*lower --lr")):
+                            (["--out", __file__], "must be a folder"), (["--benchmark", "--out", __file__], "must be a .json"),
+                            (["--benchmark", "--out", str(finished[0])], "must be a .json"), (["--lr", "1e9"], r"images .*jpg.*lower --lr")):
         with pytest.raises(UserError, match=sentence):
             train.main(flags(shapes, tmp_path / "out") + wrong)
 

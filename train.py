@@ -75,8 +75,8 @@ def parse(argv):
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {args.device}: there is no such device here; use --device cpu.")
     file = bool(args.eval or args.benchmark)
-    if args.out and Path(args.out).exists() and Path(args.out).is_dir() == file:
-        raise UserError(f"--out {args.out}: must be a {'file' if file else 'folder'}, but is not; name another.")
+    if args.out and (Path(args.out).is_dir() or Path(args.out).suffix != ".json" if file else Path(args.out).is_file()):
+        raise UserError(f"--out {args.out}: must be a {'.json file' if file else 'folder'}, but is not; name another.")
     if args.eval and not Path(args.eval).is_file():
         raise UserError(f"--eval {args.eval}: no such file; name the model.pt of a finished run.")
     args.data = find_data(args.data)

@@ -253,13 +253,13 @@ def add_flags(add):
 
 
 def preset(strategy, weights):
-    """Defaults that depend on the strategy. Stage 2: beside LwF EWC can be softer, and neck and head learn twice as fast,
-    as drift is corrected twice, but the trunk half as fast, on which all tasks rest (from scratch this diverged). Stage
-    3: a stiff spring draws segmentation back to what Stage 1 left, which the teacher, the model after Stage 2, cannot."""
-    mix = "ewc" in strategy and "lwf" in strategy
-    neck, trunk = (2.0, 0.25) if mix and weights != "none" else (1.0, 1.0)
-    return {"lwf_weight": [1.0, 0.3, 2.0] if mix else [5.0, 1.0, 1.0], "ewc_lambda": [0.5 if mix else 5.0, 5.0, 10.0],
-            "shared_lr": [1.0, neck, 1.0], "shared_trunk": [1.0, trunk, 1.0]}
+    """Defaults that depend on the strategy. Stage 2: beside LwF, EWC can be softer, and the shared layers can learn
+    twice as fast, as drift is corrected twice (from scratch the doubled rate diverged). Stage 3: a stiff spring draws
+    segmentation back to what Stage 1 left, which LwF's teacher, the model after Stage 2, cannot."""
+    if "ewc" in strategy and "lwf" in strategy:
+        rate = 1.0 if weights == "none" else 2.0
+        return {"lwf_weight": [1.0, 0.3, 2.0], "ewc_lambda": [0.5, 5.0, 10.0], "shared_lr": [1.0, rate, 1.0]}
+    return {"lwf_weight": [5.0, 1.0, 1.0], "ewc_lambda": [5.0, 5.0, 10.0], "shared_lr": [1.0, 1.0, 1.0]}
 
 
 def build(args):

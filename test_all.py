@@ -1105,10 +1105,10 @@ def test_joint_training_shows_every_task_as_often_as_its_stage(shapes):
 
 def test_slower_shared_layers_leave_the_output_layer_at_full_speed():
     model = OneHead()
-    groups = train.make_optimizer(model, "det", settings(trunk_lr=[1.0, 0.2, 1.0]), (0.1, 0.5))[0].param_groups
+    groups = train.make_optimizer(model, "det", settings(trunk_lr=[1.0, 0.2, 1.0]), 0.1)[0].param_groups
     rates = {id(p): g["share"] for g in groups for p in g["params"]}
     for name, p in model.named_parameters():
-        assert rates[id(p)] == pytest.approx(1 if name.startswith("head.2") else 0.01 if name.startswith("feat") else 0.1)
+        assert rates[id(p)] == pytest.approx(1 if name.startswith("head.2") else 0.02 if name.startswith("feat") else 0.1)
 
 
 # ------------------------------------------------------------------------------------------------------- whole runs
@@ -1202,34 +1202,30 @@ def test_defaults_follow_the_data(tmp_path, monkeypatch, capsys):
     assert {k: args[k] for k in ("weights", "image_size", "batch_size", "trunk_lr")} == dict(
         weights="imagenet", image_size=320, batch_size=8, trunk_lr=[0.2, 0.2, 0.05])
     assert vars(train.parse(["--device", "cpu", "--data", "shapes"]))["data"] == train.SHAPES_DIR
-    alone = [5, 1, 1], [5, 5, 10], [1, 1, 1], [1, 1, 1]
-    together = [1, 0.3, 2], [0.5, 5, 10], [1, 2, 1], [1, 0.25, 1]
+    alone, together = ([5, 1, 1], [5, 5, 10], [1, 1, 1]), ([1, 0.3, 2], [0.5, 5, 10], [1, 2, 1])
     for strategy, expected in (("none", alone), ("lwf", alone), ("ewc", alone), ("lwf+replay+ewc", together)):
         args = train.parse(["--device", "cpu", "--strategy", strategy])
-        assert (args.lwf_weight, args.ewc_lambda, args.shared_lr, args.shared_trunk) == expected
+        assert (args.lwf_weight, args.ewc_lambda, args.shared_lr) == expected
     for scratch in (["--data", "shapes"], ["--weights", "none"]):  # from scratch the doubled rate diverges
-        args = train.parse(["--device", "cpu", "--strategy", "ewc+lwf", *scratch])
-        assert args.shared_lr == args.shared_trunk == [1, 1, 1]
+        assert train.parse(["--device", "cpu", "--strategy", "ewc+lwf", *scratch]).shared_lr == [1, 1, 1]
     remedies = forgetting.build(train.parse("--device cpu --strategy freeze+ewc".split()))
     assert [type(remedy) for remedy in remedies] == [forgetting.EWC, forgetting.Freeze]  # whatever the order of the names
-    args = train.parse("--device cpu --strategy ewc+lwf --lwf-weight 0 --ewc-lambda 0 --shared-lr 0 --shared-trunk 0".split())
-    assert args.lwf_weight == args.ewc_lambda == [0] * 3
-    assert args.shared_lr == args.shared_trunk == [1, 0, 0]  # Stage 1 is the baseline
+    args = train.parse("--device cpu --strategy ewc+lwf --lwf-weight 0 --ewc-lambda 0 --shared-lr 0".split())
+    assert (args.lwf_weight, args.ewc_lambda, args.shared_lr) == ([0] * 3, [0] * 3, [1, 0, 0])  # Stage 1 is the baseline
 
 
 def test_the_shared_layers_have_their_own_rate_in_each_later_stage(shapes, finished, monkeypatch):
     used, make = [], train.make_optimizer
 
-    def record(model, task, args, shared=(1, 1)):
-        used.append((task, *shared))
-        optimizer, scaler = make(model, task, args, shared)
-        assert {g["share"] for g in optimizer.param_groups} == {1.0, shared[0], shared[0] * shared[1]}
+    def record(model, task, args, shared_lr=1.0):
+        used.append((task, shared_lr))
+        optimizer, scaler = make(model, task, args, shared_lr)
+        assert {g["share"] for g in optimizer.param_groups} == {1.0, shared_lr}
         return optimizer, scaler
 
     monkeypatch.setattr(train, "make_optimizer", record)
-    train.main(flags(shapes, finished[0].parent / "rates", "--strategy", "none", "--shared-lr", "9", "2", "3",
-                     "--shared-trunk", "9", "0.5", "0.1"))
-    assert used[-2:] == [("det", 2, 0.5), ("cls", 3, 0.1)] and {share for _, *shares in used[:-2] for share in shares} == {1}
+    train.main(flags(shapes, finished[0].parent / "rates", "--strategy", "none", "--shared-lr", "9", "2", "3"))
+    assert used[-2:] == [("det", 2.0), ("cls", 3.0)] and {rate for _, rate in used[:-2]} == {1.0}
 
 
 def test_same_seed_same_numbers_and_another_seed_others(shapes, finished, tmp_path):

@@ -57,7 +57,6 @@ def parse(argv):
     add("--trunk-lr", type=float, nargs="+", help="the trunk's share of --lr (default: 1; photos: 0.2 0.2 0.05)")
     add("--shared-lr", type=float, nargs="+", help="share of --lr for trunk, neck and the head's first layer: one "
         "value or three; Stage 1 keeps 1 (default: 1; ewc with lwf from pretrained weights 1 2 1)")
-    add("--shared-trunk", type=float, nargs="+", help="a further factor of the trunk's (default: 1; as above 1 0.25 1)")
     add("--batch-size", type=int, help="images of the current task a step (default: 16 shapes, 8 photos)")
     add("--weight-decay", type=float, default=0.01, help="AdamW's, on all but the output layer (default: %(default)s)")
     add("--bn", choices=["fixed", "live"], default="fixed", help="fixed: BatchNorm statistics are kept once learned; "
@@ -84,14 +83,15 @@ def parse(argv):
     if args.eval:
         return args
     defaults = DEFAULTS["shapes" if args.data == SHAPES_DIR else "photos"]
-    defaults = defaults | preset(args.strategy, args.weights or defaults["weights"])
-    vars(args).update({name: value for name, value in defaults.items() if getattr(args, name) is None})
-    for name in ("epochs", "lr", "trunk_lr", "shared_lr", "shared_trunk", "lwf_weight", "ewc_lambda"):
-        values, least = getattr(args, name), {"epochs": 1, "lr": 1e-9}.get(name, 0)
+    for name, value in (defaults | preset(args.strategy, args.weights or defaults["weights"])).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name, least in dict(epochs=1, lr=1e-9, trunk_lr=0, shared_lr=0, lwf_weight=0, ewc_lambda=0).items():
+        values = getattr(args, name)
         if len(values) not in (1, 3) or min(values) < least:
             raise UserError(f"--{name.replace('_', '-')} {values}: give one value, or three, of at least {least}.")
         setattr(args, name, values * (3 // len(values)))
-    args.shared_lr[0] = args.shared_trunk[0] = 1.0  # Stage 1 is the baseline of its task
+    args.shared_lr[0] = 1.0  # Stage 1 is the baseline of its task
     if args.image_size < 32 or args.image_size % 32:
         raise UserError(f"--image-size {args.image_size}: must be a multiple of 32, the coarsest stride.")
     if args.batch_size < 1:
@@ -129,10 +129,10 @@ def new_model(args):
     return model.to(args.device, memory_format=torch.channels_last)
 
 
-def make_optimizer(model, task, args, shared=(1, 1)):
+def make_optimizer(model, task, args, shared_lr=1.0):
     """AdamW, whose groups carry their share of the learning rate, and the scaler that keeps the gradients of half
-    precision (on a GPU) from underflowing. Both work without waiting for a GPU. shared: the share of all but the output
-    layer, whose rows belong to one task each, and a further factor of the trunk's.
+    precision (on a GPU) from underflowing. Both work without waiting for a GPU. shared_lr: the share of all but the
+    output layer, whose rows belong to one task each.
     Weight decay leaves out biases, BatchNorm and the output layer: there it would move the rows of tasks that get
     no gradient, and an old task's rows must stay bit-identical through a stage that does not touch them.
     """
@@ -140,7 +140,7 @@ def make_optimizer(model, task, args, shared=(1, 1)):
     for name, parameter in model.named_parameters():
         output, trunk = name.startswith("head.2."), name.startswith("features.")
         decay = args.weight_decay if parameter.ndim > 1 and not output else 0.0
-        share = 1.0 if output else shared[0] * (shared[1] * args.trunk_lr[TASKS.index(task)] if trunk else 1.0)
+        share = 1.0 if output else shared_lr * (args.trunk_lr[TASKS.index(task)] if trunk else 1.0)
         groups.setdefault((share, decay), []).append(parameter)
     optimizer = torch.optim.AdamW([{"params": parameters, "share": share, "weight_decay": decay}
                                    for (share, decay), parameters in groups.items()], fused=True)
@@ -170,14 +170,14 @@ def train_step(model, task, images, target, remedies, optimizer, scaler, progres
     return losses[0].detach(), penalty
 
 
-def train_stage(model, task, samples, remedies, args, clock, title, measure=None, others=(), shared=(1, 1)):
+def train_stage(model, task, samples, remedies, args, clock, title, measure=None, others=(), shared_lr=1.0):
     """Trains `model` on one task, in place -> the stage's history, one dict per epoch. others: tasks remedies draw.
     A fresh optimizer and schedule (linear warm-up over 5 %, then cosine to 0), and randomness seeded anew, so that
     what ran before leaves no trace. Raises UserError, naming the images, if the loss is not finite.
     """
     stage = TASKS.index(task)
     torch.manual_seed(1000 * args.seed + stage + 1)
-    optimizer, scaler = make_optimizer(model, task, args, shared)
+    optimizer, scaler = make_optimizer(model, task, args, shared_lr)
     stored = take(samples.batch, slice(None), args.device)
     epochs, steps, step, history = args.epochs[stage], -(-len(samples) // args.batch_size), 0, []
     total = epochs * steps
@@ -299,7 +299,7 @@ def run(args):
         else:
             history += train_stage(model, task, train[task], remedies, args, clock,
                                    "joint" if joint else f"stage {stage + 1} {task}", measure, others[task],
-                                   (args.shared_lr[stage], args.shared_trunk[stage]))
+                                   args.shared_lr[stage])
         if args.bn == "fixed":
             model.fix_batchnorm()
         matrix.append({t: history[-1][t] for t in TASKS})

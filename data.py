@@ -1,358 +1,552 @@
-"""The three mini-sets: sampling them from the originals, drawing them as shapes, and loading them.
+"""The three mini-sets: loading them, augmenting batches, sampling photos, drawing shapes.
 
 Conventions, from here to the end of the project:
-  image   uint8 (3, H, W), RGB; float32 and normalised by ImageNet's mean and deviation where it enters the network
-  mask    class index (H, W), uint8 in memory and int64 in a loss; 255 = ignore (void outlines, padding)
-  boxes   float32 (M, 4), absolute xyxy in pixels of the *resized* image; COCO's xywh exists only in the files
-  labels  int64 class indices from 0, assigned by class *name*; in a batch, -1 pads images with fewer boxes
-Images are resized to a square without keeping their aspect, so pixels map back by two plain factors.
+  image   uint8 (3, H, W), RGB; float32, normalised by ImageNet's mean and deviation, where it
+          enters the network
+  mask    class index (H, W), uint8 in memory, int64 in a loss; 255 = ignore (outlines, padding)
+  boxes   float32 (M, 4), absolute xyxy (left, top, right, bottom) in pixels of the *resized*
+          image; COCO's xywh exists only in its files and at pycocotools
+  labels  int64 class indices from 0, assigned by class *name*; -1 pads images with fewer boxes
+  target  what a loss learns from: {"mask"}, {"boxes", "labels"} or {"labels"}
+  truth   what a metric compares with, in pixels of the original photo
+Images are resized to a square without keeping their aspect: pixels map back by two factors.
 """
 import argparse
 import json
 import random
 import shutil
+import tarfile
+import tempfile
 import zipfile
 from collections import Counter
+from contextlib import contextmanager
+from functools import cache
 from itertools import product
+from math import log
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch.nn.utils.rnn import pad_sequence
-from torchvision.datasets import Imagenette, VOCSegmentation
 from torchvision.datasets.utils import download_url
-from torchvision.ops import box_convert
 from torchvision.transforms.functional import pil_to_tensor
 
 TASKS = ("seg", "det", "cls")  # in the order of the stages
 FOLDERS = {"seg": "mini_voc_seg", "det": "mini_coco_det", "cls": "imagenette_160"}
 COUNTS = {"train": 240, "val": 60}  # images of each task
 IGNORE = 255
-VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
-               "person pottedplant sheep sofa train tvmonitor").split()  # an index of a mask is a position here
-SAMPLED_CLASSES = "person bicycle car motorcycle bus truck cat dog chair tv".split()  # used by the sampling alone
-COCO_ANNOTATIONS = "http://images.cocodataset.org/annotations/annotations_trainval2017.zip"
+VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable "
+               "dog horse motorbike person pottedplant sheep sofa train tvmonitor").split()
+COCO_CLASSES = "person bicycle car motorcycle bus truck cat dog chair tv".split()  # the ten sampled
+ARCHIVES = {  # address: MD5
+    "https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar":
+        "6cd6e144f989b92b3379bac3b3de84fd",
+    "https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-160.tgz":
+        "e793b78cc4c9e9a4ccc0c1155377a412",
+    "http://images.cocodataset.org/annotations/annotations_trainval2017.zip":
+        "f4bbac642086de4f52a3fdda2de5fa2c"}
 
 
 class UserError(SystemExit):
-    """A mistake of the user or in the data: one sentence on stderr and exit status 1, never a stack trace."""
+    """A mistake of the user or in the data: one sentence on stderr, never a stack trace."""
 
 
-def read_image(path, mask=False):
-    """A decoded PIL image: a photo in RGB, or a palette mask with the *indices* 0-20 and 255, which convert("L") would
-    turn into luminance. Raises UserError if the file is missing, truncated, no image, or a mask of anything else."""
+# -- Reading files
+
+def open_image(path):
+    """A decoded PIL image. Raises UserError if the file is missing, truncated or no image."""
     try:
         image = Image.open(path)
         image.load()
+        return image
     except (OSError, SyntaxError, Image.DecompressionBombError) as e:
-        raise UserError(f"{path}: not a readable image ({e}); replace it, or prepare the data again.")
-    if not mask:
-        return image.convert("RGB")
-    if image.mode not in ("P", "L") or not set(np.unique(image)) <= {*range(21), IGNORE}:
+        raise UserError(f"{path}: not a readable image ({e}); replace it, or run data.py again.")
+
+
+def read_mask(path):
+    """The class indices 0-20 and 255 of a palette PNG -> (H, W) uint8. Raises UserError for other
+    values or modes: convert("L") would turn the indices into the luminance of their colours."""
+    mask = open_image(path)
+    if mask.mode not in ("P", "L") or not set(np.unique(mask)) <= {*range(21), IGNORE}:
         raise UserError(f"{path}: a mask must be a palette PNG with the values 0-20 and 255 only.")
-    return image
+    return np.array(mask)  # (H, W)
 
 
-def list_split(root, task, split):
-    """One split on disk -> (class names, [(image path, target)]), sorted. The target is the mask's path (seg), the
-    image's record (det, see `list_coco`) or the class name (cls). Raises UserError if there is none."""
-    folder, names = Path(root) / FOLDERS[task] / split, VOC_CLASSES
-    if task == "seg":
-        samples = [(p, p.with_suffix(".png")) for p in sorted(folder.glob("*.jpg"))]
-    elif task == "det":
-        names, samples = list_coco(folder.parent / "annotations" / f"mini_instances_{split}2017.json", folder)
-    else:
-        samples = [(p, p.parent.name) for p in sorted(folder.glob("[!.]*/[!.]*"))]
-        names = list(dict.fromkeys(name for _, name in samples))
-    if not samples:
-        raise UserError(f"{folder}: no images; prepare them with `python data.py`, or name another --data folder.")
-    return names, samples
+def read_coco(file, folder):
+    """A COCO annotation file -> (category names, [(image path, record)]), sorted by image id.
 
-
-def list_coco(file, folder):
-    """A COCO annotation file -> (category names, [(image path, its record with "boxes" [(name, annotation)])]). Boxes
-    are clipped to their image; what has no width or height then is skipped and counted."""
+    A record has the file's id, file_name, width and height, and "boxes": a list of {"name",
+    "xyxy", "area", "iscrowd"}. Boxes are clipped to their image; what then has no width or height
+    is skipped and counted. Raises UserError if the file cannot be read.
+    """
+    skipped = 0
     try:
-        coco, skipped = json.loads(file.read_text()), 0
-        names = {c["id"]: c["name"] for c in coco["categories"]}
-        images = {i["id"]: {**i, "boxes": []} for i in sorted(coco["images"], key=lambda i: i["id"])}
+        coco = json.loads(file.read_text(encoding="utf-8"))
+        names = {category["id"]: category["name"] for category in coco["categories"]}
+        records = {record["id"]: {**record, "boxes": []} for record in coco["images"]}
         for a in coco["annotations"]:
-            image, (x, y, w, h) = images[a["image_id"]], a["bbox"]
-            x1, y1, x2, y2 = max(x, 0), max(y, 0), min(x + w, image["width"]), min(y + h, image["height"])
-            if not (x2 > x1 and y2 > y1):
+            record, (x, y, w, h) = records[a["image_id"]], a["bbox"]
+            x1, x2 = max(x, 0), min(x + w, record["width"])
+            y1, y2 = max(y, 0), min(y + h, record["height"])
+            if x2 > x1 and y2 > y1:
+                box = {"name": names[a["category_id"]], "xyxy": [x1, y1, x2, y2]}
+                box |= {"area": a.get("area", w * h), "iscrowd": a.get("iscrowd", 0)}
+                record["boxes"].append(box)
+            else:
                 skipped += 1
-                continue
-            box = {"bbox": [round(v, 2) for v in (x1, y1, x2 - x1, y2 - y1)], "area": a.get("area", w * h)}
-            image["boxes"].append((names[a["category_id"]], {**box, "iscrowd": a.get("iscrowd", 0)}))
-        samples = [(folder / i["file_name"], i) for i in images.values() if i["width"] and i["height"]]
+        samples = [(folder / record["file_name"], record) for _, record in sorted(records.items())
+                   if record["width"] and record["height"]]
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{file}: not a readable COCO annotation file ({type(e).__name__}: {e}); prepare it again.")
+        raise UserError(f"{file}: no readable COCO annotations ({type(e).__name__}: {e}); prepare "
+                        "it again.")
     if skipped:
         print(f"{file}: skipped {skipped} boxes without width or height inside their image")
     return list(names.values()), samples
 
 
-class MiniSet:
-    """One split of one task, decoded once and held in memory. `batch` = (images (N, 3, size, size) uint8, target), and
-    the target is {"mask": (N, size, size) uint8} for seg, {"boxes": (N, M, 4), "labels": (N, M)} for det, padded with
-    labels of -1, or {"labels": (N, 1)} for cls.
+def write_coco(folder, split, records, names):
+    """The annotation file of one split; `names` become its categories, with ids from 1."""
+    annotations = []
+    for record, box in ((r, box) for r in records for box in r["boxes"]):
+        x1, y1, x2, y2 = box["xyxy"]
+        xywh = [round(v, 2) for v in (x1, y1, x2 - x1, y2 - y1)]
+        annotations.append({"id": len(annotations) + 1, "image_id": record["id"],
+                            "category_id": 1 + names.index(box["name"]), "bbox": xywh,
+                            "area": box["area"], "iscrowd": box["iscrowd"]})
+    images = [{key: r[key] for key in ("id", "file_name", "width", "height")} for r in records]
+    categories = [{"id": i, "name": name} for i, name in enumerate(names, 1)]
+    coco = {"images": images, "annotations": annotations, "categories": categories}
+    file = folder / "annotations" / f"mini_instances_{split}2017.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(coco, separators=(",", ":")), encoding="utf-8")
 
-    Memory: 3·size² bytes an image, 0.7 GB for all 900 at 512 px. `classes`: the names whose position is the index, at
-    most 10 (default: the split's own); others raise UserError, or are left out and named if skip_unknown. `truth` is
-    what the metrics compare with at the original resolution: masks (seg), image records with annotations (det)."""
-    def __init__(self, root, task, split, size, classes=None, skip_unknown=False):
+
+def list_split(root, task, split):
+    """One split on disk -> (class names, [(image path, COCO record or None)]), sorted. Raises
+    UserError if there is no image."""
+    folder, names = Path(root) / FOLDERS[task] / split, VOC_CLASSES
+    if task == "det":
+        file = folder.parent / "annotations" / f"mini_instances_{split}2017.json"
+        names, samples = read_coco(file, folder)
+    else:
+        files = folder.glob("*.jpg") if task == "seg" else folder.glob("[!.]*/[!.]*")
+        samples = [(path, None) for path in sorted(files)]
+    if task == "cls":
+        names = sorted({path.parent.name for path, _ in samples})
+    if not samples:
+        raise UserError(f"{folder}: no images; run `python data.py`, or name another --data.")
+    return names, samples
+
+
+# -- Loading
+
+def to_square(image, size):
+    """A PIL image -> (3, size, size) uint8, RGB."""
+    return pil_to_tensor(image.convert("RGB").resize((size, size), Image.BILINEAR))
+
+
+def load_seg(path, size):
+    """A photo and the mask beside it -> (image, {"mask": (size, size)}, truth: mask (H, W))."""
+    image, truth = open_image(path), read_mask(path.with_suffix(".png"))
+    if truth.shape != (image.height, image.width):
+        raise UserError(f"{path}: {image.size} pixels, but its mask has {truth.shape[::-1]}; "
+                        "replace one of them.")
+    mask = Image.fromarray(truth).resize((size, size), Image.NEAREST)
+    return to_square(image, size), {"mask": torch.from_numpy(np.array(mask))}, truth
+
+
+def load_det(path, size, record, classes):
+    """A photo and its record -> (image, {"boxes": (M, 4), "labels": (M,)}, truth).
+
+    The truth is the record with those boxes whose name is in `classes`, each with its "label". The
+    target ends with one box of padding, so that M is never 0.
+    """
+    image, annotated = open_image(path), (record["width"], record["height"])
+    if image.size != annotated:
+        raise UserError(f"{path}: {image.size} pixels, annotated as {annotated}; prepare it again.")
+    known = [{**box, "label": classes.index(box["name"])} for box in record["boxes"]
+             if box["name"] in classes]
+    # A crowd's box encloses many objects: the metric ignores it, and nothing is learned from it
+    learned = [box for box in known if not box["iscrowd"]]
+    boxes = torch.tensor([*(box["xyxy"] for box in learned), [0] * 4], dtype=torch.float32)
+    boxes = boxes * size / torch.tensor(2 * image.size)  # (M, 4)
+    labels = torch.tensor([*(box["label"] for box in learned), -1])  # (M,)
+    return to_square(image, size), {"boxes": boxes, "labels": labels}, {**record, "boxes": known}
+
+
+def load_cls(path, size, classes):
+    """A photo in a folder named by its class -> (image, {"labels": (1,)}, truth: the label)."""
+    label = classes.index(path.parent.name)
+    return to_square(open_image(path), size), {"labels": torch.tensor([label])}, label
+
+
+class MiniSet:
+    """One split of one task, decoded once and held in memory: 3·size² bytes an image.
+
+    batch    (images (N, 3, size, size) uint8, target), where the target is {"mask": (N, size,
+             size)}, {"boxes": (N, M, 4), "labels": (N, M)} or {"labels": (N, 1)}
+    truth    one a photo, see `load_seg`, `load_det`, `load_cls`
+    classes  the names whose position is the index (default: the split's own), at most 10 in
+             detection and classification; boxes and images of others are left out and named
+    """
+
+    def __init__(self, root, task, split, size, classes=None):
         names, samples = list_split(root, task, split)
-        self.classes, self.truth = list(classes or names), []
+        self.classes = list(classes or names)
         if task != "seg" and len(self.classes) > 10:
-            raise UserError(f"{root}: {len(self.classes)} {task} classes, but the head has 10; keep at most 10.")
-        if unknown := ", ".join(name for name in names if name not in self.classes):
-            if not skip_unknown:
-                raise UserError(f"{root}: unknown {task} classes {unknown}; known are {', '.join(self.classes)}.")
-            print(f"{root}: leaves out the {task} classes {unknown}, which this model does not know")
-            if not (samples := [(path, t) for path, t in samples if task == "det" or t in self.classes]):
-                raise UserError(f"{root}: no {task} image of a known class; known are {', '.join(self.classes)}.")
-        self.paths, images, targets = [path for path, _ in samples], [], []
-        for path, target in samples:
-            image = read_image(path)
-            if task == "seg":
-                mask = read_image(target, mask=True)
-                if mask.size != image.size:
-                    raise UserError(f"{target}: {mask.size} pixels, but its photo {image.size}; replace one of them.")
-                self.truth.append(np.array(mask))  # (original H, W)
-                targets.append({"mask": torch.tensor(np.array(mask.resize((size, size), Image.NEAREST)))})
-            elif task == "det":
-                if (target["width"], target["height"]) != image.size:
-                    raise UserError(f"{path}: {image.size} pixels, not as annotated; prepare it again.")
-                annotations = [{"category_id": self.classes.index(name), **a} for name, a in target["boxes"]
-                               if name in self.classes]
-                self.truth.append({**target, "annotations": annotations})
-                # a crowd's box encloses many objects: a truth for COCOeval to ignore, not one to learn
-                known = [a for a in annotations if not a["iscrowd"]]
-                boxes = torch.tensor([*(a["bbox"] for a in known), [0] * 4]) * size / torch.tensor(2 * image.size)
-                targets.append({"boxes": box_convert(boxes, "xywh", "xyxy"),  # one row of padding: M is never 0
-                                "labels": torch.tensor([*(a["category_id"] for a in known), -1])})
-            else:
-                targets.append({"labels": torch.tensor([self.classes.index(target)])})
-            images.append(pil_to_tensor(image.resize((size, size), Image.BILINEAR)))  # (3, size, size)
-        columns = {key: [t[key] for t in targets] for key in targets[0]}
-        self.batch = torch.stack(images), {key: pad_sequence(column, True, -1) if task == "det" else torch.stack(column)
-                                           for key, column in columns.items()}
+            raise UserError(f"{root}: {len(self.classes)} {task} classes; the head has 10.")
+        unknown = [name for name in names if name not in self.classes]
+        if unknown:
+            print(f"{root}: leaves out the {task} classes {', '.join(unknown)}, not among "
+                  f"{', '.join(self.classes)}")
+        if task == "cls":
+            samples = [(path, r) for path, r in samples if path.parent.name in self.classes]
+        if not samples:
+            raise UserError(f"{root}: no {task} image of a known class in {split}.")
+        self.paths = [path for path, _ in samples]
+
+        if task == "seg":
+            loaded = [load_seg(path, size) for path in self.paths]
+        elif task == "det":
+            loaded = [load_det(path, size, record, self.classes) for path, record in samples]
+        else:
+            loaded = [load_cls(path, size, self.classes) for path in self.paths]
+        images, targets, self.truth = zip(*loaded)
+        columns = {key: [target[key] for target in targets] for key in targets[0]}
+        for key, column in columns.items():  # detection: as many boxes in every image
+            padded = task == "det"
+            columns[key] = pad_sequence(column, True, -1) if padded else torch.stack(column)
+        self.batch = torch.stack(images), columns
 
     def __len__(self):
         return len(self.paths)
 
     def labels(self, i):
         """The class of every pixel, every box or the whole of image i, as a flat array."""
-        found = next(reversed(self.batch[1].values()))[i].numpy()  # mask or labels
+        target = self.batch[1]
+        found = target.get("mask", target.get("labels"))[i].numpy()
         return found[(found >= 0) & (found != IGNORE)]
 
 
-def draw(labels, rng):
-    """Yields the names of labels {name: set of its classes} in an order in which each next one adds to the class that
-    came least so far: the first n are a sample that covers rare classes as well as n allows."""
+# -- Batches
+
+def take(batch, index, device=None):
+    """The samples at `index`, a slice or a tensor of positions, of (images, {name: column})."""
+    images, target = batch
+    return images[index].to(device), {key: c[index].to(device) for key, c in target.items()}
+
+
+@cache
+def imagenet(device):
+    """ImageNet's mean and standard deviation for the values 0-255, each (3, 1, 1)."""
+    mean, deviation = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+    return [torch.tensor(values, device=device).view(3, 1, 1) for values in (mean, deviation)]
+
+
+def normalise(images):
+    """uint8 (B, 3, H, W) -> float32, normalised, in channels_last, which CPUs convolve fastest."""
+    mean, deviation = imagenet(images.device)
+    return images.to(torch.float32, memory_format=torch.channels_last).sub_(mean).div_(deviation)
+
+
+def augment(images, target, zoom=None, aspect=1.3, colour=0.3, mask_stride=4):
+    """Shows each image of a batch (B, 3, S, S) uint8 through a random window, mirrors every other
+    one, and changes contrast, brightness and saturation -> (normalised images, their target).
+
+    The window's side is zoom · S, by default 0.5 to 1.1, and 0.6 to 1.4 where there are boxes:
+    detection gains from many small and few cut objects, the other tasks from detail. Masks are read
+    at every fourth pixel: logits are coarser still, and the window moves in every epoch.
+    """
+    size, (mean, deviation) = images.shape[-1], imagenet(images.device)
+    window = random_windows(len(images), zoom or ((0.6, 1.4) if "boxes" in target else (0.5, 1.1)),
+                            aspect, images.device)
+    x = look(images.to(torch.float32).sub_(mean), window, size, "bilinear")  # outside: mean colour
+    x = change_colours(x, colour, deviation)
+    if "mask" in target:
+        mask = target["mask"][:, None].float() - IGNORE  # (B, 1, S, S), 0 = ignore, as outside
+        mask = look(mask, window, size // mask_stride, "nearest")[:, 0] + IGNORE
+        target = {"mask": mask.long()}  # (B, S/4, S/4)
+    elif "boxes" in target:
+        target = move_boxes(target, window, size)
+    return x, target
+
+
+def uniform(low, high, *shape, device):
+    return torch.empty(*shape, device=device).uniform_(low, high)
+
+
+def random_windows(n, zoom, aspect, device):
+    """n windows -> (start, extent), each (n, 2) = x, y in units of the image: what lies at start +
+    extent · t is shown at t in [0, 1]."""
+    side = uniform(*zoom, n, 1, device=device)
+    ratio = (uniform(-1, 1, n, 1, device=device) * log(aspect) / 2).exp()
+    extent = torch.cat([side * ratio, side / ratio], 1)  # (n, 2)
+    start = uniform(0, 1, n, 2, device=device) * (1 - extent)  # inside the image, or around it
+    mirrored = uniform(0, 1, n, device=device) < 0.5
+    mirrored = torch.stack([mirrored, torch.zeros_like(mirrored)], 1)  # (n, 2): in x only
+    return (torch.where(mirrored, start + extent, start),
+            torch.where(mirrored, -extent, extent))
+
+
+def look(x, window, size, mode):
+    """x (B, C, S, S) through its windows -> (B, C, size, size); 0 outside of the image."""
+    start, extent = window
+    t = (torch.arange(size, device=x.device) + 0.5) / size  # (size,) centres of the new pixels
+    at = 2 * (start[..., None] + extent[..., None] * t) - 1  # (B, 2, size) in [-1, 1]
+    columns = at[:, 0, None, :].expand(-1, size, -1)  # (B, size, size)
+    rows = at[:, 1, :, None].expand(-1, -1, size)
+    return F.grid_sample(x, torch.stack([columns, rows], 3), mode, align_corners=False)
+
+
+def change_colours(x, strength, deviation):
+    """Contrast, saturation and brightness of x (B, 3, S, S), which has mean 0, each by a random
+    factor or shift of up to `strength`, and division by `deviation`: one matrix an image."""
+    b, device = len(x), x.device
+    factors = uniform(1 - strength, 1 + strength, b, 2, 1, 1, device=device)
+    contrast, saturation = factors.unbind(1)  # each (B, 1, 1)
+    shift = uniform(-strength, strength, b, 1, 1, device=device)  # (B, 1, 1)
+    grey = torch.full((3, 3), 1 / 3, device=device)  # the matrix that removes all colour
+    matrix = torch.lerp(grey, torch.eye(3, device=device), saturation)  # (B, 3, 3)
+    matrix = contrast * matrix / deviation.view(3, 1)
+    brightness = 100 * shift / deviation.view(3, 1)  # (B, 3, 1)
+    x = torch.baddbmm(brightness, matrix, x.flatten(2)).view_as(x)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def move_boxes(target, window, size):
+    """Where the windows show the boxes. A box gets the label -1 where less than a fifth of it, or
+    less than 2 px a side, stays visible."""
+    start, extent = (v[:, None, None] for v in window)  # each (B, 1, 1, 2)
+    corners = (target["boxes"].unflatten(2, (2, 2)) / size - start) / extent * size  # (B, M, 2, 2)
+    moved = torch.cat([corners.amin(2), corners.amax(2)], 2)  # (B, M, 4): mirrored, left is right
+    boxes = moved.clamp(0, size)
+    width, height = (boxes[..., 2:] - boxes[..., :2]).unbind(2)  # each (B, M)
+    whole_width, whole_height = (moved[..., 2:] - moved[..., :2]).unbind(2)
+    seen = width * height > whole_width * whole_height / 5
+    seen = seen & (width >= 2) & (height >= 2)
+    return {"boxes": boxes, "labels": torch.where(seen, target["labels"], -1)}
+
+
+# -- Sampling photos
+
+@contextmanager
+def new_folder(path):
+    """A temporary folder that becomes `path` once the block is through; until then, and if the
+    block fails, whatever stood at `path` stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{path.name}.", dir=path.parent))
+    try:
+        (temporary / "new").mkdir()
+        yield temporary / "new"
+        if path.exists():
+            path.rename(temporary / "old")
+        (temporary / "new").rename(path)
+    finally:
+        shutil.rmtree(temporary)
+
+
+def cover(labels, rng):
+    """Yields the names of {name: set of its classes} so that each next one adds to the class that
+    came least so far: any first n cover rare classes as well as n allow."""
     left, count = sorted(labels), Counter()
-    rng.shuffle(left)
+    rng.shuffle(left)  # ties are broken at random
     while left:
-        name = min(left, key=lambda name: min((count[c] for c in labels[name]), default=np.inf))  # ties: at random
+        name = min(left, key=lambda name: min((count[c] for c in labels[name]), default=np.inf))
         left.remove(name)
         count.update(labels[name])
         yield name
 
 
 def pool(originals, task, split):
-    """The official split's candidates: {name: (set of classes, image path, mask path or COCO record)}."""
+    """The official split's candidates: {name: (set of classes, image path, mask or record)}."""
     if task == "cls":
         files = sorted((originals / "imagenette2-160" / split).glob("*/*.JPEG"))
         return {f"{p.parent.name}/{p.name}": ({p.parent.name}, p, None) for p in files}
+    found = {}
     if task == "det":
-        coco, found = originals / "coco", {}
-        for path, record in list_coco(coco / "annotations" / f"instances_{split}2017.json", coco / f"{split}2017")[1]:
-            record["boxes"] = [(n, a) for n, a in record["boxes"] if n in SAMPLED_CLASSES]
-            if classes := {n for n, a in record["boxes"] if not a["iscrowd"]}:
+        coco = originals / "coco"
+        file = coco / "annotations" / f"instances_{split}2017.json"
+        for path, record in read_coco(file, coco / f"{split}2017")[1]:
+            record["boxes"] = [box for box in record["boxes"] if box["name"] in COCO_CLASSES]
+            classes = {box["name"] for box in record["boxes"] if not box["iscrowd"]}
+            if classes:
                 found[path.name] = classes, path, record
         return found
-    voc, found = originals / "VOCdevkit" / "VOC2012", {}
+    voc = originals / "VOCdevkit" / "VOC2012"
     file = voc / "ImageSets" / "Segmentation" / f"{split}.txt"
-    for name in file.read_text().split() if file.is_file() else []:
+    for name in file.read_text(encoding="utf-8").split() if file.is_file() else []:
         mask = voc / "SegmentationClass" / f"{name}.png"
-        classes = set(np.unique(read_image(mask, mask=True)).tolist()) - {0, IGNORE}
+        classes = set(np.unique(read_mask(mask)).tolist()) - {0, IGNORE}
         found[name] = classes, voc / "JPEGImages" / f"{name}.jpg", mask
     return found
 
 
-def prepare(out, originals, seed=0, sample=None, fetch=False):
-    """Writes the three mini-sets and sample.json to `out`, drawn from `originals` or exactly those of `sample`. An
-    image that is missing, damaged, not of its annotated size, or like one already taken by any task or split is skipped
-    and named. fetch: download COCO's images as they are drawn. Raises UserError if too few are left."""
-    out, originals, known = Path(out).resolve(), Path(originals), {*FOLDERS.values(), "sample.json"}
-    if out.exists() and not (out / "sample.json").is_file() or {p.name for p in out.glob("*")} - known:
-        raise UserError(f"{out}: holds what data.py did not write; move that away or choose another --out.")
-    shutil.rmtree(part := out.with_name(out.name + ".part"), ignore_errors=True)
-    rng, taken, chosen = random.Random(seed), [], {FOLDERS[task]: {} for task in TASKS}
-    for task, split in product(TASKS, COUNTS):
-        found, folder, names = pool(originals, task, split), part / FOLDERS[task], []
-        order = sample[task, split] if sample else draw({name: c[0] for name, c in found.items()}, rng)
-        wanted = len(order) if sample else COUNTS[split]
-        for name in order:
-            if len(names) == wanted:
-                break
-            _, path, extra = found.get(name, (None, originals / name, None))
-            if fetch and task == "det" and extra and not path.is_file():
-                fetch_image(extra["coco_url"], path)
-            try:
-                image = read_image(path)
-                if task == "det" and image.size != (extra["width"], extra["height"]):
-                    raise UserError(f"{path}: not of the annotated size.")
-                # A content hash that survives renaming, rescaling and JPEG: the mean colours of an 8×8 grid. Of 1,191
-                # photos no two differ by less than 12.6 grey levels; half-size copies of every fifth by 2.1 at most.
-                mark = np.asarray(image.resize((8, 8), Image.BOX), np.int16)
-                if any(np.abs(mark - other).mean() < 5 for other in taken):
-                    raise UserError(f"{path}: looks like an image that is taken already.")
-            except UserError as e:
-                print(f"skipped: {e}")
-                continue
-            target = folder / split / (name if task == "cls" else path.name)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
-            if task == "seg":
-                shutil.copyfile(extra, target.with_suffix(".png"))
+def fingerprint(path, record, taken):
+    """The mean colours of an 8×8 grid: a content hash that survives renaming, scaling and JPEG.
+
+    Raises UserError if the photo is unreadable, not of the size in its COCO record, or like one of
+    the fingerprints `taken`. Of 1,191 photos no two differ by less than 12.6 grey levels; half-size
+    copies of every fifth differ by 2.1 at most.
+    """
+    image = open_image(path).convert("RGB")
+    if record and image.size != (record["width"], record["height"]):
+        raise UserError(f"{path}: not of the annotated size.")
+    grid = np.asarray(image.resize((8, 8), Image.BOX), np.int16)  # (8, 8, 3)
+    if any(np.abs(grid - other).mean() < 5 for other in taken):
+        raise UserError(f"{path}: looks like an image that is taken already.")
+    return grid
+
+
+def select(candidates, task, wanted, rng, taken, fetch):
+    """Names of `wanted` candidates, sorted: sound photos unlike all `taken`, the classes covered.
+    Others are skipped and named. fetch: download COCO's photos as they are needed."""
+    names = []
+    for name in cover({name: classes for name, (classes, *_) in candidates.items()}, rng):
+        if len(names) == wanted:
+            break
+        _, path, extra = candidates[name]
+        record = extra if task == "det" else None
+        if fetch and record and not path.is_file():
+            fetch_image(record["coco_url"], path)
+        try:
+            taken.append(fingerprint(path, record, taken))
             names.append(name)
-            taken.append(mark)
-            if len(names) % 60 == 0:
-                print(f"{FOLDERS[task]} {split}: {len(names)} of {wanted} images", flush=True)
-        if len(names) < wanted or not names:
-            raise UserError(f"{originals}: {len(names)} of {wanted} images for {folder.name} {split}; complete it.")
-        chosen[FOLDERS[task]][split] = sorted(names)
-        if task == "det":
-            write_coco(folder, split, [found[name][2] for name in sorted(names)], SAMPLED_CLASSES)
-    (part / "sample.json").write_text(json.dumps(chosen, indent=1))
-    report(part)
-    shutil.rmtree(out, ignore_errors=True)
-    part.rename(out)
+        except UserError as e:
+            print(f"skipped: {e}")
+    return sorted(names)
 
 
-def write_coco(folder, split, records, names):
-    """The annotation file of one split, with the same categories (ids from 1, in the order of `names`) in each."""
-    boxes = [{"image_id": r["id"], "category_id": 1 + names.index(n), **a} for r in records for n, a in r["boxes"]]
-    coco = {"images": [{key: r[key] for key in ("id", "file_name", "width", "height")} for r in records],
-            "annotations": [{"id": i, **box} for i, box in enumerate(boxes, 1)],
-            "categories": [{"id": i, "name": name} for i, name in enumerate(names, 1)]}
-    (folder / "annotations").mkdir(parents=True, exist_ok=True)
-    (folder / "annotations" / f"mini_instances_{split}2017.json").write_text(json.dumps(coco, separators=(",", ":")))
-
-
-def report(root):
-    """Loads everything once, which checks it, and prints images, and boxes or pixels per class. Raises UserError."""
-    for task, unit in zip(TASKS, ("% of pixels", "boxes", "images")):
-        train = MiniSet(root, task, "train", 64)
-        sets = train, MiniSet(root, task, "val", 64, train.classes)
-        print(f"\n{FOLDERS[task]}: {len(train)} train, {len(sets[1])} val images; {unit} per class:")
-        found = [np.concatenate([s.labels(i) for i in range(len(s))]) for s in sets]
-        for c, name in enumerate(train.classes):
-            print(f"  {name:16}", *(f"{100 * (f == c).mean() if task == 'seg' else sum(f == c):8.4g}" for f in found))
-    print(f"{sum(p.stat().st_size for p in Path(root).rglob('*')) / 1e6:.0f} MB of the 120 MB allowed")
+def prepare(out, originals, seed=0, fetch=False):
+    """Writes the three mini-sets and sample.json (the names) to `out`, sampled from `originals`.
+    Raises UserError if too few photos are left, or if `out` holds what is not of this function."""
+    out, rng, taken = Path(out).resolve(), random.Random(seed), []
+    chosen = {folder: {} for folder in FOLDERS.values()}
+    foreign = {path.name for path in out.glob("*")} - {*FOLDERS.values(), "sample.json"}
+    if foreign or out.exists() and not (out / "sample.json").is_file():
+        raise UserError(f"{out}: holds what data.py did not write; choose another --out.")
+    with new_folder(out) as root:
+        for task, (split, wanted) in product(TASKS, COUNTS.items()):
+            candidates, folder = pool(originals, task, split), root / FOLDERS[task]
+            names = select(candidates, task, wanted, rng, taken, fetch)
+            if len(names) < wanted:
+                raise UserError(f"{originals}: {len(names)} of {wanted} images for {folder.name} "
+                                f"{split}; complete it.")
+            for name in names:
+                _, path, extra = candidates[name]
+                target = folder / split / (name if task == "cls" else path.name)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+                if task == "seg":
+                    shutil.copyfile(extra, target.with_suffix(".png"))
+            if task == "det":
+                write_coco(folder, split, [candidates[name][2] for name in names], COCO_CLASSES)
+            chosen[folder.name][split] = names
+            MiniSet(root, task, split, 32)  # loads everything once, which checks it
+            print(f"{folder.name} {split}: {wanted} images", flush=True)
+        (root / "sample.json").write_text(json.dumps(chosen, indent=1), encoding="utf-8")
 
 
 def download_originals(root):
-    """Fetches VOC 2012 and Imagenette (torchvision's archives, MD5-checked) and COCO's annotations to `root`."""
+    """Fetches the archives of VOC 2012, Imagenette and COCO's annotations to `root`, checks and
+    extracts them. Raises UserError; whole archives are kept for the next try."""
     try:
-        for name, get in (("VOCdevkit", lambda: VOCSegmentation(root, "2012", "trainval", download=True)),
-                          ("imagenette2-160", lambda: Imagenette(root, "train", "160px", download=True))):
-            if not (root / name / ".extracted").exists():  # the marker of an extraction that was not interrupted
-                if (root / name).exists():
-                    raise UserError(f"{root / name} may be incomplete: delete it, or try --originals {root}.")
-                get()
-                (root / name / ".extracted").touch()
-        download_url(COCO_ANNOTATIONS, str(root / "coco"), md5="f4bbac642086de4f52a3fdda2de5fa2c")
-        with zipfile.ZipFile(root / "coco" / COCO_ANNOTATIONS.rsplit("/", 1)[1]) as archive:
-            if broken := archive.testzip():
-                raise RuntimeError(f"{broken} in {archive.filename} is damaged, delete that file")
-            archive.extractall(root / "coco", [f"annotations/instances_{split}2017.json" for split in COUNTS])
-    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile) as e:
-        raise UserError(f"Downloading the originals failed ({e}); run the command again: whole archives are kept.")
+        for url, md5 in ARCHIVES.items():
+            file = root / Path(url).name
+            download_url(url, str(root), md5=md5)
+            if file.suffix == ".zip":
+                members = [f"annotations/instances_{split}2017.json" for split in COUNTS]
+                zipfile.ZipFile(file).extractall(root / "coco", members)
+            else:
+                shutil.unpack_archive(file, root, filter="data")  # nothing outside of root
+    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, tarfile.TarError) as e:
+        raise UserError(f"The download failed ({e}); try again: whole archives are kept.")
 
 
 def fetch_image(url, path):
-    """Downloads one image of COCO; the file appears only once it is whole. Raises UserError."""
+    """Downloads one photo of COCO; the file appears only once it is whole. Raises UserError."""
     part = path.with_name(f"{path.name}.part")
     part.unlink(missing_ok=True)
     try:
         download_url(url, str(part.parent), part.name)
-        read_image(part)
+        open_image(part)
         part.rename(path)
     except (UserError, OSError) as e:
-        raise UserError(f"{url}: the download failed ({e}); run the command again: the images fetched so far are kept.")
+        raise UserError(f"{url}: the download failed ({e}); try again: whole photos are kept.")
 
+
+# -- Drawing shapes
 
 CORNERS = {"disc": 24, "triangle": 3, "square": 4, "pentagon": 5, "hexagon": 6}
 COLOURS = "red orange yellow lime green cyan azure blue violet pink".split()
 SHAPES = [f"{colour}-{outline}" for colour, outline in zip(COLOURS, 2 * [*CORNERS])]
 
 
-def draw_shapes(root, counts=COUNTS, size=96, seed=0):
-    """Writes three mini-sets of drawn shapes in the layout of the photos. A class has its hue and outline; size, turn,
-    brightness and overlap vary. `root` appears whole or not at all."""
-    shutil.rmtree(part := Path(f"{root}.part"), ignore_errors=True)
+def write_shapes(root, counts=COUNTS, size=96, seed=0):
+    """Writes three mini-sets of drawn shapes in the layout of the photos. A class has its hue and
+    outline; size, turn, brightness and overlap vary. `root` appears whole or not at all."""
     rng = np.random.default_rng(seed)
-    for task, (split, n) in product(TASKS, counts.items()):
-        folder, records = part / FOLDERS[task] / split, []
-        for i in range(n):
-            main = i % 10  # every class is the main one equally often
-            others, radii = ([], (0.25, 0.45)) if task == "cls" else (rng.integers(0, 10, i % 4), (0.13, 0.28))
-            image, mask, boxes = paint_shapes(rng, [main, *others], size, radii)
-            file = folder / SHAPES[main] / f"{i:04}.JPEG" if task == "cls" else folder / f"{i:04}.jpg"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            image.save(file, quality=95)
-            if task == "seg":
-                mask.save(file.with_suffix(".png"))
-            records.append({"id": i + 1, "file_name": file.name, "width": size, "height": size, "boxes": boxes})
-        if task == "det":
-            write_coco(folder.parent, split, records, SHAPES)
-    part.rename(root)
+    with new_folder(Path(root)) as new:
+        for task, (split, n) in product(TASKS, counts.items()):
+            folder, records = new / FOLDERS[task] / split, []
+            for i in range(n):
+                main, others, radii = i % 10, [], (0.25, 0.45)  # every class is main equally often
+                if task != "cls":
+                    others, radii = rng.integers(0, 10, i % 4), (0.13, 0.28)
+                image, mask, boxes = paint_picture(rng, [main, *others], size, radii)
+                name = f"{SHAPES[main]}/{i:04}.JPEG" if task == "cls" else f"{i:04}.jpg"
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                image.save(folder / name, quality=95)
+                if task == "seg":
+                    mask.save((folder / name).with_suffix(".png"))
+                records.append({"id": i + 1, "file_name": name, "width": size, "height": size,
+                                "boxes": boxes})
+            if task == "det":
+                write_coco(folder.parent, split, records, SHAPES)
 
 
-def paint_shapes(rng, classes, size, radii):
-    """One picture -> (RGB image, palette mask of class + 1, [(name, COCO annotation)] of what is visible)."""
-    noise = np.asarray(Image.fromarray(rng.integers(60, 190, (7, 7, 3), np.uint8)).resize((size, size)), float)
+def paint_picture(rng, classes, size, radii):
+    """One picture -> (RGB image, palette mask of class + 1, boxes as in `read_coco`)."""
+    noise = Image.fromarray(rng.integers(60, 190, (7, 7, 3), np.uint8)).resize((size, size))
+    noise = np.asarray(noise, float)  # (size, size, 3)
     canvas = 0.3 * noise + 0.7 * noise.mean(2, keepdims=True)  # muted colours
-    owner = np.zeros((size, size), np.uint8)  # the shape on top of each pixel, counted from 1; 0 is background
+    owner = np.zeros((size, size), np.uint8)  # the shape on top of each pixel, from 1; 0 = none
     for k, c in enumerate(classes, 1):
-        radius, hue = rng.uniform(*radii) * size, int(25.6 * c + rng.uniform(-6, 6)) % 256
-        colour = Image.new("HSV", (1, 1), (hue, int(rng.uniform(130, 220)), int(rng.uniform(140, 240)))).convert("RGB")
-        stencil = Image.new("L", (size, size))
-        ImageDraw.Draw(stencil).regular_polygon((*rng.uniform(radius, size - radius, 2), radius),
-                                                [*CORNERS.values()][c % 5], rng.uniform(0, 360), fill=255)
-        canvas[np.asarray(stencil) > 0], owner[np.asarray(stencil) > 0] = colour.getpixel((0, 0)), k
+        radius = rng.uniform(*radii) * size
+        hue = int(25.6 * c + rng.uniform(-6, 6)) % 256
+        colour = hue, int(rng.uniform(130, 220)), int(rng.uniform(140, 240))
+        colour = Image.new("HSV", (1, 1), colour).convert("RGB").getpixel((0, 0))
+        stencil, centre = Image.new("L", (size, size)), rng.uniform(radius, size - radius, 2)
+        corners = [*CORNERS.values()][c % 5]
+        ImageDraw.Draw(stencil).regular_polygon((*centre, radius), corners, rng.uniform(0, 360),
+                                                fill=255)
+        inside = np.asarray(stencil) > 0
+        canvas[inside], owner[inside] = colour, k
     canvas += rng.normal(0, 12, (size, size, 1))  # grain
     boxes = []
     for k, c in enumerate(classes, 1):
         y, x = (owner == k).nonzero()
         if len(x) > 40:  # a shape that is all but hidden has no box
-            box = [int(v) for v in (x.min(), y.min(), np.ptp(x) + 1, np.ptp(y) + 1)]
-            boxes.append((SHAPES[c], {"bbox": box, "area": len(x), "iscrowd": 0}))
+            box = [int(v) for v in (x.min(), y.min(), x.max() + 1, y.max() + 1)]
+            boxes.append({"name": SHAPES[c], "xyxy": box, "area": len(x), "iscrowd": 0})
     mask = Image.fromarray(np.array([0, *(c + 1 for c in classes)], np.uint8)[owner])
     mask.putpalette([25 * index % 256 for index in range(256) for _ in "RGB"])
     return Image.fromarray(canvas.clip(0, 255).astype(np.uint8)), mask, boxes
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Prepares the three mini-sets: 240 train and 60 val photos per task.")
-    parser.add_argument("--originals", help="sample from extracted originals in this folder, without any network")
-    parser.add_argument("--out", default="data", help="folder to write (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="fixes the draw (default: %(default)s)")
-    parser.add_argument("--sample", help="a sample.json: take exactly the files named there instead of drawing")
+    parser = argparse.ArgumentParser(description="Prepares the mini-sets: 240 + 60 photos a task.")
+    add = parser.add_argument
+    add("--originals", help="sample from extracted originals in this folder, without any network")
+    add("--out", default="data", help="folder to write (default: %(default)s)")
+    add("--seed", type=int, default=0, help="fixes the draw (default: %(default)s)")
     args = parser.parse_args(argv)
-    try:
-        sample = args.sample and {(task, split): json.loads(Path(args.sample).read_text())[FOLDERS[task]][split]
-                                  for task, split in product(TASKS, COUNTS)}
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"--sample {args.sample}: not a readable sample.json ({type(e).__name__}: {e}).")
     originals = Path(args.originals or "originals")
     if not args.originals:
         download_originals(originals)
-    prepare(args.out, originals, args.seed, sample, fetch=not args.originals)
-    print(f"Wrote {args.out}. The originals lie in {originals} and are no longer needed: you may delete them.")
+    prepare(args.out, originals, args.seed, fetch=not args.originals)
+    print(f"Wrote {args.out}. The originals in {originals} are no longer needed.")
 
 
 if __name__ == "__main__":

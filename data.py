@@ -54,7 +54,6 @@ class UserError(SystemExit):
 
 
 # -- Reading files
-
 def open_image(path):
     """A decoded PIL image. Raises UserError if the file is missing, truncated or no image."""
     try:
@@ -124,8 +123,7 @@ def write_coco(folder, split, records, names):
 
 
 def list_split(root, task, split):
-    """One split on disk -> (class names, [(image path, COCO record or None)]), sorted. Raises
-    UserError if there is no image."""
+    """One split on disk -> (class names, [(image path, COCO record or None)]), sorted."""
     folder, names = Path(root) / FOLDERS[task] / split, VOC_CLASSES
     if task == "det":
         file = folder.parent / "annotations" / f"mini_instances_{split}2017.json"
@@ -135,34 +133,24 @@ def list_split(root, task, split):
         samples = [(path, None) for path in sorted(files)]
     if task == "cls":
         names = sorted({path.parent.name for path, _ in samples})
-    if not samples:
-        raise UserError(f"{folder}: no images; run `python data.py`, or name another --data.")
     return names, samples
 
 
 # -- Loading
-
-def to_square(image, size):
-    """A PIL image -> (3, size, size) uint8, RGB."""
-    return pil_to_tensor(image.convert("RGB").resize((size, size), Image.BILINEAR))
-
-
 def load_seg(path, size):
-    """A photo and the mask beside it -> (image, {"mask": (size, size)}, truth: mask (H, W))."""
+    """A photo and the mask beside it -> (PIL image, {"mask": (size, size)}, truth: the mask)."""
     image, truth = open_image(path), read_mask(path.with_suffix(".png"))
     if truth.shape != (image.height, image.width):
         raise UserError(f"{path}: {image.size} pixels, but its mask has {truth.shape[::-1]}; "
                         "replace one of them.")
     mask = Image.fromarray(truth).resize((size, size), Image.NEAREST)
-    return to_square(image, size), {"mask": torch.from_numpy(np.array(mask))}, truth
+    return image, {"mask": torch.from_numpy(np.array(mask))}, truth
 
 
 def load_det(path, size, record, classes):
-    """A photo and its record -> (image, {"boxes": (M, 4), "labels": (M,)}, truth).
-
-    The truth is the record with those boxes whose name is in `classes`, each with its "label". The
-    target ends with one box of padding, so that M is never 0.
-    """
+    """A photo and its record -> (PIL image, {"boxes": (M, 4), "labels": (M,)}, truth: the record
+    with only the boxes of known classes, each with its "label"). The target ends with one box of
+    padding, so that M is never 0."""
     image, annotated = open_image(path), (record["width"], record["height"])
     if image.size != annotated:
         raise UserError(f"{path}: {image.size} pixels, annotated as {annotated}; prepare it again.")
@@ -173,13 +161,13 @@ def load_det(path, size, record, classes):
     boxes = torch.tensor([*(box["xyxy"] for box in learned), [0] * 4], dtype=torch.float32)
     boxes = boxes * size / torch.tensor(2 * image.size)  # (M, 4)
     labels = torch.tensor([*(box["label"] for box in learned), -1])  # (M,)
-    return to_square(image, size), {"boxes": boxes, "labels": labels}, {**record, "boxes": known}
+    return image, {"boxes": boxes, "labels": labels}, {**record, "boxes": known}
 
 
-def load_cls(path, size, classes):
+def load_cls(path, classes):
     """A photo in a folder named by its class -> (image, {"labels": (1,)}, truth: the label)."""
     label = classes.index(path.parent.name)
-    return to_square(open_image(path), size), {"labels": torch.tensor([label])}, label
+    return open_image(path), {"labels": torch.tensor([label])}, label
 
 
 class MiniSet:
@@ -189,7 +177,8 @@ class MiniSet:
              size)}, {"boxes": (N, M, 4), "labels": (N, M)} or {"labels": (N, 1)}
     truth    one a photo, see `load_seg`, `load_det`, `load_cls`
     classes  the names whose position is the index (default: the split's own), at most 10 in
-             detection and classification; boxes and images of others are left out and named
+             detection and classification; boxes and images of others are left out and named,
+             and these names are in `unknown`
     """
 
     def __init__(self, root, task, split, size, classes=None):
@@ -197,23 +186,28 @@ class MiniSet:
         self.classes = list(classes or names)
         if task != "seg" and len(self.classes) > 10:
             raise UserError(f"{root}: {len(self.classes)} {task} classes; the head has 10.")
-        unknown = [name for name in names if name not in self.classes]
-        if unknown:
-            print(f"{root}: leaves out the {task} classes {', '.join(unknown)}, not among "
+        self.unknown = [name for name in names if name not in self.classes]
+        if self.unknown:
+            print(f"{root}: leaves out the {task} classes {', '.join(self.unknown)}, not among "
                   f"{', '.join(self.classes)}")
         if task == "cls":
             samples = [(path, r) for path, r in samples if path.parent.name in self.classes]
         if not samples:
-            raise UserError(f"{root}: no {task} image of a known class in {split}.")
-        self.paths = [path for path, _ in samples]
+            raise UserError(f"{Path(root) / FOLDERS[task] / split}: no images (of known classes); "
+                            "run `python data.py`, or name another --data.")
+        self.paths, self.truth, images, targets = [path for path, _ in samples], [], [], []
 
-        if task == "seg":
-            loaded = [load_seg(path, size) for path in self.paths]
-        elif task == "det":
-            loaded = [load_det(path, size, record, self.classes) for path, record in samples]
-        else:
-            loaded = [load_cls(path, size, self.classes) for path in self.paths]
-        images, targets, self.truth = zip(*loaded)
+        for path, record in samples:
+            if task == "seg":
+                photo, target, truth = load_seg(path, size)
+            elif task == "det":
+                photo, target, truth = load_det(path, size, record, self.classes)
+            else:
+                photo, target, truth = load_cls(path, self.classes)
+            square = photo.convert("RGB").resize((size, size), Image.BILINEAR)
+            images.append(pil_to_tensor(square))  # (3, size, size)
+            targets.append(target)
+            self.truth.append(truth)
         columns = {key: [target[key] for target in targets] for key in targets[0]}
         for key, column in columns.items():  # detection: as many boxes in every image
             padded = task == "det"
@@ -231,7 +225,6 @@ class MiniSet:
 
 
 # -- Batches
-
 def take(batch, index, device=None):
     """The samples at `index`, a slice or a tensor of positions, of (images, {name: column})."""
     images, target = batch
@@ -252,12 +245,12 @@ def normalise(images):
 
 
 def augment(images, target, zoom=None, aspect=1.3, colour=0.3, mask_stride=4):
-    """Shows each image of a batch (B, 3, S, S) uint8 through a random window, mirrors every other
-    one, and changes contrast, brightness and saturation -> (normalised images, their target).
+    """Shows each image of a batch (B, 3, S, S) uint8 through a random window, mirrors about
+    half of them, changes contrast, brightness and saturation -> (normalised images, their target).
 
     The window's side is zoom · S, by default 0.5 to 1.1, and 0.6 to 1.4 where there are boxes:
     detection gains from many small and few cut objects, the other tasks from detail. Masks are read
-    at every fourth pixel: logits are coarser still, and the window moves in every epoch.
+    at a quarter of the size: logits are coarser still, and the window moves in every epoch.
     """
     size, (mean, deviation) = images.shape[-1], imagenet(images.device)
     window = random_windows(len(images), zoom or ((0.6, 1.4) if "boxes" in target else (0.5, 1.1)),
@@ -330,21 +323,18 @@ def move_boxes(target, window, size):
 
 
 # -- Sampling photos
-
 @contextmanager
 def new_folder(path):
     """A temporary folder that becomes `path` once the block is through; until then, and if the
     block fails, whatever stood at `path` stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{path.name}.", dir=path.parent))
-    try:
-        (temporary / "new").mkdir()
-        yield temporary / "new"
+    with tempfile.TemporaryDirectory(prefix=f"{path.name}.", dir=path.parent) as temporary:
+        new = Path(temporary) / "new"
+        new.mkdir()
+        yield new
         if path.exists():
-            path.rename(temporary / "old")
-        (temporary / "new").rename(path)
-    finally:
-        shutil.rmtree(temporary)
+            path.rename(Path(temporary) / "old")
+        new.rename(path)
 
 
 def cover(labels, rng):
@@ -423,8 +413,8 @@ def prepare(out, originals, seed=0, fetch=False):
     Raises UserError if too few photos are left, or if `out` holds what is not of this function."""
     out, rng, taken = Path(out).resolve(), random.Random(seed), []
     chosen = {folder: {} for folder in FOLDERS.values()}
-    foreign = {path.name for path in out.glob("*")} - {*FOLDERS.values(), "sample.json"}
-    if foreign or out.exists() and not (out / "sample.json").is_file():
+    there = {path.name for path in out.glob("*")}
+    if there and (there - {*FOLDERS.values(), "sample.json"} or "sample.json" not in there):
         raise UserError(f"{out}: holds what data.py did not write; choose another --out.")
     with new_folder(out) as root:
         for task, (split, wanted) in product(TASKS, COUNTS.items()):
@@ -477,7 +467,6 @@ def fetch_image(url, path):
 
 
 # -- Drawing shapes
-
 CORNERS = {"disc": 24, "triangle": 3, "square": 4, "pentagon": 5, "hexagon": 6}
 COLOURS = "red orange yellow lime green cyan azure blue violet pink".split()
 SHAPES = [f"{colour}-{outline}" for colour, outline in zip(COLOURS, 2 * [*CORNERS])]

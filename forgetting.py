@@ -12,9 +12,9 @@ To add a remedy, write a class with those methods of `Remedy` that it needs:
     wants(task)                        the old tasks whose outputs on the new images you compare
     penalty(task, model, images, out)  a scalar, added to the loss in every step of `task`; `out`
                                        holds the outputs of `task` and of all that was wanted
-then enter it in REMEDIES, and its flags, if it has any, in `train.make_parser`. Autograd does the
+then enter it in REMEDIES, and its flags, if any, in `train.add_remedy_flags`. Autograd does the
 rest. MAS (arXiv:1711.09601), for instance, is EWC with another `importance`: the mean absolute
-gradient of the squared norm of the outputs.
+gradient of the squared norm of the outputs (of detection: all but the boxes, which are pixels).
 """
 import argparse
 import random
@@ -33,9 +33,10 @@ DISTANCES = {"seg": distil_seg, "det": distil_det}
 # layers, one for each stage. Beside LwF, EWC can be softer, and the shared layers can learn twice
 # as fast in Stage 2, as drift is corrected twice; from scratch that rate diverged.
 STRENGTHS = {
-    "one remedy": dict(lwf_weight=[5, 1, 1], ewc_lambda=[5, 5, 10], shared_lr=[1, 1, 1]),
+    "otherwise": dict(lwf_weight=[5, 1, 1], ewc_lambda=[5, 5, 10], shared_lr=[1, 1, 1]),
     "ewc+lwf": dict(lwf_weight=[1, 0.3, 2], ewc_lambda=[0.5, 5, 10], shared_lr=[1, 2, 1]),
-    "both from scratch": dict(lwf_weight=[1, 0.3, 2], ewc_lambda=[0.5, 5, 10], shared_lr=[1, 1, 1])}
+    "ewc+lwf from scratch": dict(lwf_weight=[1, 0.3, 2], ewc_lambda=[0.5, 5, 10],
+                                 shared_lr=[1, 1, 1])}
 
 
 class Remedy:
@@ -91,9 +92,9 @@ class LwF(Remedy):
 
     The previous model, as the last stage left it, teaches the old tasks on the images of the new
     one: no image is stored. D is `losses.distil_seg` or `losses.distil_det`. Li & Hoiem's warm-up
-    of the new output rows alone is left out. Beside classification the images are looked at in half
-    size: it reads the coarsest level alone, and all levels in full size would take three times as
-    long as its own step.
+    of the new output rows alone is left out. In the stage of classification, which itself reads the
+    coarsest level alone, both models see the images in half size: all levels in full size would
+    take almost three times as long as a plain step.
     """
 
     def __init__(self, args):
@@ -139,8 +140,8 @@ class EWC(Remedy):
         self.terms[task] = fisher, flat(model.parameters()).detach()
 
     def importance(self, task, model, samples):
-        """1/n Σ_n (∂L(image n) / ∂θ)² -> a vector. One training image at a time (not the square of
-        a mean gradient), augmented once, at its true labels, in eval mode.
+        """1/n Σ_n (∂L(image n) / ∂θ)² -> a vector. One training image at a time (no square
+        of the mean gradient), augmented once, at its true labels, in eval mode.
         An image is one observation, the task's own loss its negative log-likelihood."""
         fisher = torch.zeros_like(flat(model.parameters()))
         stored = take(samples.batch, slice(None), self.args.device)
@@ -204,5 +205,5 @@ def build(args):
 def default_strengths(strategy, weights):
     """The row of STRENGTHS for a strategy and the initial weights (the value of --weights)."""
     if not {"ewc", "lwf"} <= set(strategy.split("+")):
-        return STRENGTHS["one remedy"]
-    return STRENGTHS["both from scratch" if weights == "none" else "ewc+lwf"]
+        return STRENGTHS["otherwise"]
+    return STRENGTHS["ewc+lwf from scratch" if weights == "none" else "ewc+lwf"]

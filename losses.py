@@ -11,7 +11,7 @@ Say that this cell predicts (48, 60, 112, 124), 8 px too far right. The two boxe
 3,584 px, together they cover 2 * 4,096 - 3,584 = 4,608, and the smallest box around both has
 72 * 64 = 4,608, of which nothing is uncovered:
 
-    GIoU = 3,584 / 4,608 - 0 / 4,608 = 0.778, and the box loss is 1 - 0.778 = 0.222
+    GIoU = 3,584 / 4,608 - 0 / 4,608 = 0.778, and the box loss is 1 - 0.778 = 0.222, counted twice
 
 Besides, every positive cell learns its class by cross-entropy and confidence 1; every other cell of
 all levels learns confidence 0.
@@ -65,7 +65,8 @@ def giou_loss(boxes, others, eps=1e-7):
     """1 - GIoU of pairs of boxes, both (..., 4) xyxy -> (...) in [0, 2] (arXiv:1902.09630).
 
     GIoU = intersection / union - (hull - union) / hull, where hull is the area of the smallest box
-    around both: unlike IoU it has a gradient for boxes that do not touch.
+    around both: unlike IoU it has a gradient for boxes that do not touch. torchvision's function
+    would make a GPU wait in every step.
     """
     x1, y1, x2, y2 = boxes.unbind(-1)
     u1, v1, u2, v2 = others.unbind(-1)

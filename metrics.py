@@ -4,7 +4,6 @@ Every number is computed once over a whole split, never averaged over batches or
 """
 import contextlib
 import hashlib
-import io
 import json
 import os
 import statistics
@@ -28,7 +27,6 @@ PLACES = ("data", "device", "out", "seed")  # arguments that do not name a row o
 
 
 # -- The metrics
-
 def confusion(predicted, truth, classes=21):
     """Pixel counts [truth, predicted], without truth 255, of two integer arrays of one shape."""
     keep = truth != IGNORE
@@ -73,7 +71,7 @@ def mean_ap(predictions, truth, classes=10):
     categories = [{"id": c} for c in range(classes)]
     coco = COCO()
     coco.dataset = {"images": images, "annotations": annotations, "categories": categories}
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports every step
+    with contextlib.redirect_stdout(None):  # pycocotools reports every step
         coco.createIndex()
         coco_eval = COCOeval(coco, coco.loadRes(np.array(rows)), "bbox")
         coco_eval.evaluate()
@@ -122,7 +120,7 @@ def evaluate_saved(args):
         raise UserError(f"--data {root}: none of {', '.join(FOLDERS.values())} is there.")
     for t in [t for t in TASKS if every and t not in tasks]:
         print(f"{root / FOLDERS[t]} is missing: {NAMES[t]} is not measured")
-    val = {t: MiniSet(root, t, "val", size, classes[t], skip_unknown=True) for t in tasks}
+    val = {t: MiniSet(root, t, "val", size, classes[t]) for t in tasks}
     model = model.to(args.device, memory_format=torch.channels_last)
     scores = evaluate(model, val, args.device)
     scores = {key: scores.get(key) for key in (*TASKS, "map_50_95")}
@@ -154,7 +152,6 @@ def latency(model, device, runs=20, size=512):
 
 
 # -- The verdict
-
 def drop(task, reference, final):
     """Relative loss (reference - final) / reference; None where the reference was never learned."""
     return None if reference < LEARNED[task] else (reference - final) / reference
@@ -202,22 +199,20 @@ def show(results):
 
 
 # -- Comparing runs
-
 def load_run(folder):
     """The results of a finished run, judged by today's rules. Raises UserError."""
     try:
         results = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
         judge(results)
-        return results
+        return results | {"name": row_name(results["args"], results["defaults"])}
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{folder}: holds no results.json of a finished run ({type(e).__name__}).")
 
 
-def row_name(results):
-    """The strategy, and each flag of the run that differs from the defaults stored with it."""
-    args, defaults = results["args"], results["defaults"]
-    unusual = [f"--{key.replace('_', '-')} {value}" for key, value in args.items()
-               if key not in (*PLACES, "strategy") and value != defaults[key]]
+def row_name(args, defaults):
+    """The strategy, and each flag of a run that differs from the defaults stored with it."""
+    unusual = [f"--{key.replace('_', '-')} {args[key]}" for key, value in defaults.items()
+               if key not in (*PLACES, "strategy") and args[key] != value]
     return " ".join([args["strategy"], *unusual])
 
 
@@ -242,7 +237,7 @@ def compare(folders):
         except UserError as e:
             print(f"skipped {e}", file=sys.stderr)
             continue
-        key = row_name(results), json.dumps(results["data"]["sha256"])
+        key = results["name"], json.dumps(results["data"]["sha256"])
         rows.setdefault(key, {})[results["args"]["seed"]] = results
     if not rows:
         raise UserError("No finished run among the folders; pass some, as in runs/*.")
@@ -258,7 +253,6 @@ def compare(folders):
 
 
 # -- Files
-
 def digest(*paths):
     """SHA-256 over files and folders: contents, and names inside a folder, not its own path."""
     result = hashlib.sha256()

@@ -10,7 +10,6 @@ to every level of the pyramid with the same weights, as FCOS and RetinaNet share
 """
 import os
 from functools import cache
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -154,7 +153,6 @@ def detections(rows, floor=0.01, candidates=2000, iou=0.6, most=100):
 
 
 # -- Weights and files
-
 def load_weights(model, weights):
     """Fills the model from "imagenet" (torchvision's backbone), "none", or a file with a state dict
     of the backbone (keys `features.*`) or a model.pt, and fixes the BatchNorm layers loaded. Raises
@@ -169,28 +167,24 @@ def load_weights(model, weights):
                             "a file as --weights PATH, or start from scratch with --weights none.")
     else:
         state = read_checkpoint(weights)
+    try:
         state = state.get("model", state)
-    own = model.state_dict()
-    if not any(key.startswith("head.") for key in state):  # a backbone, not a whole model
-        state = {key: value for key, value in state.items() if key.startswith("features.")}
-        own = {key: value for key, value in own.items() if key.startswith("features.")}
-    wrong = [key for key in own.keys() | state.keys()
-             if key not in own or key not in state or own[key].shape != state[key].shape]
-    if wrong:
-        raise UserError(f"--weights {weights}: not this architecture ({len(wrong)} tensors differ, "
-                        f"as {min(wrong)}); pass a MobileNetV3-Small backbone or a model.pt.")
-    model.load_state_dict(state, strict=False)
+        if not any(key.startswith("head.") for key in state):  # a backbone: complete it
+            rest = {k: v for k, v in model.state_dict().items() if not k.startswith("features.")}
+            state = {k: v for k, v in state.items() if k.startswith("features.")} | rest
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError):
+        raise UserError(f"--weights {weights}: not this architecture; pass a MobileNetV3-Small "
+                        "backbone or a model.pt.")
     model.fix_batchnorm({n for n in model.batchnorms() if f"{n}.running_mean" in state})
 
 
 def read_checkpoint(path):
     """A dict of tensors and plain values; nothing in the file is executed. Raises UserError."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file; name a checkpoint that exists.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises a dozen kinds for a damaged or unsafe file
-        raise UserError(f"{path}: not a readable checkpoint ({type(e).__name__}); save it again.")
+        raise UserError(f"{path}: not a readable checkpoint ({type(e).__name__}); name another.")
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds no state dict; name a file written by this project.")
     return state
@@ -205,9 +199,8 @@ def write_checkpoint(path, state):
 
 def save_model(path, model, image_size, classes):
     """Writes architecture, image size, class lists {task: [names]} and weights."""
-    weights = {name: value.cpu() for name, value in model.state_dict().items()}
     write_checkpoint(path, {"arch": model.arch, "image_size": image_size, "classes": classes,
-                            "model": weights})
+                            "model": model.state_dict()})
 
 
 def load_model(path):

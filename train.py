@@ -9,7 +9,6 @@ import ast
 import hashlib
 import json
 import math
-import statistics
 import time
 from itertools import product
 from pathlib import Path
@@ -38,10 +37,10 @@ RECIPES = {"shapes": dict(weights="none", image_size=96, epochs=[22, 22, 16],
                           lr=[1e-3, 1e-3, 1e-3], trunk_lr=[0.2, 0.2, 0.05], batch_size=8)}
 SHAPES_DIR = ".shapes/v1"  # drawn on first use
 WEIGHT_DECAY = 0.01
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
 # -- Command line
-
 def numbers(low, high=math.inf, kind=float):
     """An argparse type: a number from low to high."""
     def number(text):
@@ -49,16 +48,6 @@ def numbers(low, high=math.inf, kind=float):
             raise argparse.ArgumentTypeError(f"{text}: must be from {low} to {high}")
         return kind(text)
     return number
-
-
-def device(text):
-    """An argparse type: a device that exists here."""
-    name = text.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(1, device=name)
-        return name
-    except (RuntimeError, AssertionError):
-        raise argparse.ArgumentTypeError(f"{text}: there is no such device here; use cpu")
 
 
 class OneOrThree(argparse.Action):
@@ -71,8 +60,11 @@ class OneOrThree(argparse.Action):
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    tables = [f"  {row:21}" + ", ".join(f"{flag} {value}" for flag, value in values.items())
+              for row, values in (RECIPES | STRENGTHS).items()]
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog="\n".join(["other defaults, by data and strategy:", *tables]),
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--strategy", type=strategy, default="replay", help="against forgetting: none, any of "
         f"{', '.join(REMEDIES)} joined by +, or joint: all tasks at once (default: %(default)s)")
@@ -81,42 +73,32 @@ def make_parser():
         "there are several seeds); with --eval or --benchmark the JSON file to write")
     add("--seed", type=numbers(0, 2**32, int), nargs="+", default=[0], help="fixes everything "
         "random; several make a run each (default: 0)")
-    add("--device", type=device, default="auto", help="auto, cpu or cuda (default: auto)")
+    add("--device", choices=DEVICES, default=DEVICES[-1], help="(default: %(default)s)")
     add("--eval-every", type=numbers(0, kind=int), default=0, metavar="N", help="epochs between "
         "measurements, for display (default: a stage's end)")
     add("--eval", metavar="MODEL", help="measure this model.pt on --data's val split, and stop")
     add("--tasks", nargs="+", choices=[*TASKS, "all"], default=["all"], help="which, of --eval")
     add("--benchmark", action="store_true", help="measure size and speed on this machine, and stop")
     add_recipe_flags(parser.add_argument_group("training (three values: seg det cls)"))
-    add_remedy_flags(parser.add_argument_group("remedies (three values: seg in Stage 2, seg in "
-                                               "Stage 3, det in Stage 3)"))
+    add_remedy_flags(parser.add_argument_group("remedies"))
     return parser
-
-
-def described(table, flag):
-    """The defaults of one flag in RECIPES or STRENGTHS, for its help text."""
-    rows = {row: values[flag] if isinstance(values[flag], list) else [values[flag]]
-            for row, values in table.items()}
-    return "default " + ", ".join(f"{row}: {' '.join(map(str, v))}" for row, v in rows.items())
 
 
 def add_recipe_flags(group):
     add, three = group.add_argument, {"nargs": "+", "action": OneOrThree}
-    text = {flag: f" ({described(RECIPES, flag)})" for flag in RECIPES["photos"]}
-    add("--weights", help="imagenet, none, or a file" + text["weights"])
+    add("--weights", help="imagenet, none, or a file")
     add("--image-size", type=numbers(32, 4096, int), metavar="PIXELS", help="side of the square "
-        "images" + text["image_size"])
-    add("--epochs", **three, type=numbers(1, kind=int), help="of each stage" + text["epochs"])
-    add("--lr", **three, type=numbers(1e-9), help="peak rate of neck and head" + text["lr"])
-    add("--trunk-lr", **three, type=numbers(0), help="backbone's share of it" + text["trunk_lr"])
-    add("--batch-size", type=numbers(1, kind=int), help="images a step" + text["batch_size"])
+        "images, a multiple of 32")
+    add("--epochs", **three, type=numbers(1, kind=int), help="of each stage")
+    add("--lr", **three, type=numbers(1e-9), help="peak learning rate of neck and head")
+    add("--trunk-lr", **three, type=numbers(0), help="the backbone's share of it")
+    add("--batch-size", type=numbers(1, kind=int), help="images a step")
     add("--bn", choices=["fixed", "live"], default="fixed", help="live: BatchNorm statistics "
         "follow every stage's images, which forgets (default: %(default)s)")
 
 
 def add_remedy_flags(group):
     add, three = group.add_argument, {"nargs": "+", "action": OneOrThree}
-    text = {flag: f" ({described(STRENGTHS, flag)})" for flag in STRENGTHS["one remedy"]}
     add("--replay-images", type=numbers(1, 10, int), default=10, help="stored images per old task; "
         "the rules allow 10 (default: %(default)s)")
     add("--replay-tasks", nargs="+", choices=TASKS[:2], default=["seg", "det"], help="old tasks to "
@@ -125,10 +107,12 @@ def add_remedy_flags(group):
         "in a step (default: %(default)s)")
     add("--replay-weight", type=numbers(0), default=1.0, help="weight of an old task's loss "
         "(default: %(default)s)")
-    add("--lwf-weight", **three, type=numbers(0), help="of old outputs" + text["lwf_weight"])
-    add("--ewc-lambda", **three, type=numbers(0), help="mean stiffness" + text["ewc_lambda"])
+    add("--lwf-weight", **three, type=numbers(0), help="weight of the distance to old "
+        "outputs: of seg in Stage 2, seg in Stage 3, det in Stage 3")
+    add("--ewc-lambda", **three, type=numbers(0), help="mean stiffness of the springs, in "
+        "the same order")
     add("--shared-lr", **three, type=numbers(0), help="share of --lr for all but the output layer "
-        "in Stages 1, 2, 3, of which the first is always 1" + text["shared_lr"])
+        "in Stages 1 (always 1), 2 and 3")
     add("--freeze", choices=["trunk", "neck"], default="trunk", help="what `freeze` holds after "
         "Stage 1: the backbone, or backbone and neck (default: %(default)s)")
 
@@ -144,12 +128,14 @@ def defaults_for(args):
 def parse(argv):
     parser = make_parser()
     args = parser.parse_args(argv)
-    if args.eval and not Path(args.eval).is_file():
-        parser.error(f"--eval {args.eval}: no such file; name the model.pt of a finished run")
-    as_file = bool(args.eval or args.benchmark)
-    if args.out and (as_file != args.out.endswith(".json") or as_file == Path(args.out).is_dir()
-                     and Path(args.out).exists()):
-        parser.error(f"--out {args.out}: must be a {'.json file' if as_file else 'folder'}")
+    if args.image_size and args.image_size % 32:
+        parser.error(f"--image-size {args.image_size}: must be a multiple of 32, the last stride")
+    out = Path(args.out or "")
+    if args.eval or args.benchmark:
+        if args.out and (out.suffix != ".json" or out.is_dir()):
+            parser.error(f"--out {out}: must be a .json file, but is not; name another")
+    elif out.is_file():
+        parser.error(f"--out {out}: must be a folder, but is not; name another")
     args.data = find_data(args.data)
     for name, value in defaults_for(args).items():
         if getattr(args, name) is None:
@@ -174,7 +160,6 @@ def find_data(name):
 
 
 # -- Training
-
 def new_model(args):
     """The untrained model: the same for every training of one seed."""
     torch.manual_seed(args.seed)
@@ -250,19 +235,19 @@ def train_stage(model, task, run, remedies=(), shared_lr=1.0):
                 raise UserError(f"{task}, epoch {epoch}: the loss is not finite on the images "
                                 f"{names}; lower --lr (now {args.lr[stage]}) or look at them.")
         loss, penalty = (sums / steps).tolist()
+        speed = len(samples) / (time.perf_counter() - start)
         row = {"stage": stage + 1, "task": task, "epoch": epoch, "loss": loss, "penalty": penalty,
-               "lr": lr, "seconds": time.perf_counter() - start}
+               "lr": lr, "images_per_s": speed}
         if epoch == epochs or args.eval_every and epoch % args.eval_every == 0:
             row |= evaluate(model, run.val, args.device)
+        row["seconds"] = time.perf_counter() - start
         history.append(row)
         print(f"{task} epoch {epoch:3}/{epochs}  loss {loss:.4f}  penalty {penalty:.4f}  "
-              f"lr {lr:.1e}  {len(samples) / row['seconds']:.0f} images/s  {run.time_left()} left",
-              flush=True)
+              f"lr {lr:.1e}  {speed:.0f} images/s  {run.time_left()} left", flush=True)
     return history
 
 
 # -- The experiment
-
 class Run:
     """What all trainings of one run share: its arguments, its data, and the time they take."""
 
@@ -272,6 +257,10 @@ class Run:
         self.classes = {t: self.train[t].classes for t in TASKS}
         self.val = {t: MiniSet(args.data, t, "val", args.image_size, self.classes[t])
                     for t in TASKS}
+        for t in TASKS:
+            if self.val[t].unknown:
+                raise UserError(f"{args.data}: val has {t} classes that train lacks: "
+                                f"{', '.join(self.val[t].unknown)}; add them or leave them out.")
         self.data = {t: digest(Path(args.data) / FOLDERS[t]) for t in TASKS}
         self.done, self.total = 0, 2 * sum(args.epochs)  # epochs, of baselines and stages
 
@@ -291,9 +280,9 @@ def code_digest():
 
 
 def train_alone(task, run):
-    """The baseline: the initial model trained on one task with its stage's settings, no remedy and
-    fixed BatchNorm -> {"model", "history"}. Cached beside the run, in a file whose name hashes all
-    that influences it; one that cannot be read is replaced."""
+    """The baseline: the initial model trained on one task with its stage's settings, but for what
+    belongs to strategies (remedies, --shared-lr, --bn) -> {"model", "history"}. Cached beside the
+    run, in a file whose name hashes all that influences it; one that cannot be read is replaced."""
     args, stage = run.args, TASKS.index(task)
     weights = digest(args.weights) if Path(args.weights).is_file() else args.weights
     key = [task, args.epochs[stage], args.lr[stage], args.trunk_lr[stage], weights, run.data,
@@ -371,7 +360,7 @@ def finish(run, baselines, model, history):
         "args": vars(args), "defaults": defaults_for(args),
         "data": {"folder": args.data, "sha256": run.data}, "classes": run.classes,
         "params": sum(p.numel() for p in model.parameters()),
-        "latency_ms": statistics.median(latency(model, args.device)),
+        "latency_ms": float(np.median(latency(model, args.device))),
         "seconds": {"baselines": sum(row["seconds"] for row in alone),
                     "stages": sum(row["seconds"] for row in history),
                     "total": time.perf_counter() - run.start},
@@ -387,16 +376,17 @@ def finish(run, baselines, model, history):
 
 def run(args):
     """One run of one seed -> its results. A finished one is not repeated."""
+    this = Run(args)
     if (Path(args.out) / "results.json").exists():
         finished = load_run(args.out)
-        other = ", ".join(key for key, value in vars(args).items()
-                          if key not in ("out", "data") and finished["args"].get(key) != value)
+        then = finished["args"] | {"data": finished["data"]["sha256"]}
+        now = vars(args) | {"data": this.data}
+        other = ", ".join(key for key in now if key != "out" and then.get(key) != now[key])
         if other:
             raise UserError(f"--out {args.out}: holds a finished run with another {other}; name "
                             "another folder, or delete that one.")
         print(f"{args.out} is finished already:\n{show(finished)}")
         return finished
-    this = Run(args)
     print(f"{args.strategy} on {args.data} at {args.image_size} px, seed {args.seed}, "
           f"{args.device}; results go to {args.out}", flush=True)
     baselines = {t: train_alone(t, this) for t in TASKS}
@@ -409,11 +399,10 @@ def benchmark(args):
     those of the new task in one epoch of its stage, with the remedies of --strategy."""
     this, speed = Run(argparse.Namespace(**vars(args) | {"epochs": [1] * 3, "seed": 0})), {}
     for stage, task in enumerate(TASKS):
-        model, remedies = new_model(this.args), build(args)
+        model, remedies = new_model(this.args), build(this.args)
         for old, remedy in product(TASKS[:stage], remedies):
             remedy.remember(old, model, this.train[old])
-        seconds = train_stage(model, task, this, remedies)[-1]["seconds"]
-        speed[task] = len(this.train[task]) / seconds
+        speed[task] = train_stage(model, task, this, remedies)[-1]["images_per_s"]
     p50, p95 = np.percentile(latency(model, args.device), (50, 95))
     if "cuda" in args.device:
         memory = torch.cuda.max_memory_allocated() / 2**30

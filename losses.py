@@ -13,14 +13,16 @@ Say that this cell predicts (48, 60, 112, 124), 8 px too far right. The two boxe
 
     GIoU = 3,584 / 4,608 - 0 / 4,608 = 0.778, and the box loss is 1 - 0.778 = 0.222, counted twice
 
-Besides, every positive cell learns its class by cross-entropy and confidence 1; every other cell of
-all levels learns confidence 0.
+Besides, every positive cell learns its class by cross-entropy, and as its confidence the GIoU of
+its own box, 0.778: of several boxes around the dog the best one is to be ranked first (an IoU-aware
+score, Wu et al. 2020, arXiv:1912.05992). Every other cell of all levels learns confidence 0.
 """
 import torch
 import torch.nn.functional as F
 
 from data import IGNORE
 
+SMOOTHING = 0.1  # of the labels of classification (Szegedy et al. 2016, arXiv:1512.00567)
 TEMPERATURE = 2.0  # softens the classes that distillation compares (Li & Hoiem, section 3)
 
 
@@ -30,7 +32,7 @@ def task_loss(task, out, target):
         return seg_loss(out["seg"].float(), target["mask"])
     if task == "det":
         return det_loss(out["det"].float(), target, out["cells"])
-    return F.cross_entropy(out["cls"].float(), target["labels"][:, 0])
+    return F.cross_entropy(out["cls"].float(), target["labels"][:, 0], label_smoothing=SMOOTHING)
 
 
 def seg_loss(logits, mask):
@@ -119,9 +121,10 @@ def det_loss(det, target, cells):
     boxes = target["boxes"].gather(1, index[..., None].expand(-1, -1, 4))  # (B, N, 4)
     labels = target["labels"].gather(1, index).where(positive, IGNORE)  # (B, N)
 
-    box_loss = (giou_loss(det[..., :4], boxes) * positive).sum()
-    confidence_loss = F.binary_cross_entropy_with_logits(det[..., 4], positive.to(det.dtype),
-                                                         reduction="sum")
+    distance = giou_loss(det[..., :4], boxes)  # (B, N) in [0, 2]
+    quality = (1 - distance.detach()).clamp(min=0) * positive  # (B, N): what confidence should be
+    box_loss = (distance * positive).sum()
+    confidence_loss = F.binary_cross_entropy_with_logits(det[..., 4], quality, reduction="sum")
     class_loss = F.cross_entropy(det[..., 5:].flatten(0, 1), labels.flatten(),
                                  ignore_index=IGNORE, reduction="sum")
     return (2 * box_loss + class_loss + confidence_loss) / positive.sum().clamp(min=1)

@@ -63,7 +63,8 @@ class OneHead(nn.Module):
     def forward(self, images, tasks=("seg", "det", "cls")):
         """images (B, 3, H, W), normalised -> a dict with the outputs of `tasks`.
 
-        seg    logits (B, 21, H/8, W/8) of the finest level; whoever needs another size upsamples
+        seg    logits (B, 21, H/8, W/8), the sum over all levels: the coarse ones see the scene, the
+               finest one the outlines; whoever needs another size upsamples
         det    (B, N, 15) = x1, y1, x2, y2 in input pixels, confidence logit, 10 class logits: one
                row for each cell of every level
         cells  (N, 3), comes with det: x, y of each row's cell and its stride, in input pixels
@@ -73,13 +74,12 @@ class OneHead(nn.Module):
         if set(tasks) == {"cls"} and len(self.strides) == len(maps):
             maps = maps[-1:]  # the coarsest level of an FPN does not depend on the finer ones
         levels = list(self.fpn(dict(enumerate(maps))).values())[:len(self.strides)]  # (B, 128, ...)
-        if "det" not in tasks:  # the others read one level each
-            levels = [levels[0]] * ("seg" in tasks) + [levels[-1]] * ("cls" in tasks)
         maps = [self.head(level) for level in levels]  # (B, 46, H/s, W/s) each
 
         out = {}
         if "seg" in tasks:
-            out["seg"] = maps[0][:, SEG]  # (B, 21, H/8, W/8)
+            finest = maps[0].shape[2:]
+            out["seg"] = sum(F.interpolate(m[:, SEG], finest, mode="bilinear") for m in maps)
         if "det" in tasks:
             rows = torch.cat([m[:, DET].flatten(2) for m in maps], 2).transpose(1, 2)  # (B, N, 15)
             out["cells"] = cells(*images.shape[-2:], tuple(self.strides), images.device)  # (N, 3)

@@ -423,7 +423,8 @@ def test_outputs_come_from_their_levels():
     levels = model.fpn(dict(enumerate(model.backbone(images)))).values()
     maps = [model.head(level) for level in levels]
     assert [tuple(m.shape[2:]) for m in maps] == [(8, 12), (4, 6), (2, 3)]
-    torch.testing.assert_close(out["seg"], maps[0][:, SEG])
+    summed = sum(F.interpolate(m[:, SEG], (8, 12), mode="bilinear") for m in maps)
+    torch.testing.assert_close(out["seg"], summed)
     row = 96 + 7  # row 1, column 1 of the second level
     torch.testing.assert_close(out["det"][:, row, 4:], maps[1][:, DET][:, 4:, 1, 1])
     boxes = decode(maps[1][:, DET][:, :4, 1, 1], torch.tensor([24.0, 24, 16]))
@@ -521,16 +522,27 @@ def test_detection_loss_by_hand():
     det = torch.zeros(1, 16, 15, requires_grad=True)  # confidence 1/2, all classes alike
     rows = det + torch.tensor([12.0, 12, 20, 20, *[0] * 11])
     box = torch.tensor([[[17.0, 9, 23, 15]]])  # in one cell: row 1, column 2
-    giou = generalized_box_iou_loss(rows[0, 0, :4], box[0, 0]).item()
+    distance = generalized_box_iou_loss(rows[0, 0, :4], box[0, 0]).item()
     one, none = torch.tensor([[4]]), torch.tensor([[-1]])
     grid = square_cells(32, (8,))
     loss = losses.det_loss(rows, {"boxes": box, "labels": one}, grid)
-    assert loss.item() == pytest.approx(2 * giou + np.log(10) + 16 * np.log(2), rel=1e-5)
+    assert loss.item() == pytest.approx(2 * distance + np.log(10) + 16 * np.log(2), rel=1e-5)
     loss = losses.det_loss(rows, {"boxes": box, "labels": none}, grid)
     assert loss.item() == pytest.approx(16 * np.log(2), rel=1e-5)
     loss.backward()
     assert det.grad[..., 4].abs().min() > 0  # confidence covers every cell
     assert det.grad.isfinite().all()
+
+
+def test_confidence_learns_how_well_its_box_lies():
+    grid, box = square_cells(32, (8,)), torch.tensor([[[16.0, 8, 24, 16]]])  # row 1, column 2
+    det = torch.zeros(1, 16, 15)
+    det[..., :4] = torch.tensor([16.0, 8, 24, 12])  # half of the box: GIoU 0.5
+    det.requires_grad_()
+    losses.det_loss(det, {"boxes": box, "labels": torch.tensor([[4]])}, grid).backward()
+    slope = det.grad[0, :, 4]  # sigmoid(0) - what is to be learned
+    assert slope[6].item() == pytest.approx(0.5 - 0.5, abs=1e-6)
+    assert slope[5].item() == pytest.approx(0.5 - 0.0)
 
 
 def test_detection_loss_agrees_with_loops_over_boxes():
@@ -548,10 +560,18 @@ def test_detection_loss_agrees_with_loops_over_boxes():
                 total += 2 * generalized_box_iou_loss(row[:4], boxes[i, j])
                 total += F.cross_entropy(row[5:], labels[i, j])
                 positives += 1
-            truth = torch.tensor(float(j >= 0))
-            total += F.binary_cross_entropy(row[4].sigmoid(), truth)
+            distance = generalized_box_iou_loss(row[:4], boxes[i, j]) if j >= 0 else torch.ones(())
+            total += F.binary_cross_entropy(row[4].sigmoid(), (1 - distance).clamp(min=0))
     loss = losses.det_loss(det, {"boxes": boxes, "labels": labels}, grid)
     torch.testing.assert_close(loss, total / positives, rtol=1e-4, atol=1e-4)
+
+
+def test_classification_loss_is_smoothed_by_hand():
+    logits = torch.tensor([[2.0, *[0.0] * 9]])
+    p = logits.softmax(1)[0]
+    by_hand = -(0.91 * p[0].log() + 0.09 * p[1].log())  # 0.9 + 0.1 / 10 and nine times 0.1 / 10
+    loss = losses.task_loss("cls", {"cls": logits}, {"labels": torch.tensor([[0]])})
+    torch.testing.assert_close(loss, by_hand)
 
 
 def test_segmentation_loss_agrees_with_upsampled_cross_entropy():
@@ -786,7 +806,8 @@ class KnownPenalty(forgetting.Remedy):
         return ("seg",)
 
     def penalty(self, task, model, images, out):
-        replayed = F.cross_entropy(model(self.images, ("cls",))["cls"], self.labels)
+        replayed = F.cross_entropy(model(self.images, ("cls",))["cls"], self.labels,
+                                   label_smoothing=0.1)
         weights = model.head[0].weight.square().sum()
         return 3 * replayed + out["seg"].square().mean() + 0.25 * weights
 
@@ -797,7 +818,7 @@ def test_a_step_follows_the_gradient_of_loss_and_penalty(trained_model, tiny_run
     labels = labels["labels"][:, 0]
     out = model(images)
     loss = losses.det_loss(out["det"], target, out["cells"])
-    penalty = 3 * F.cross_entropy(model(old)["cls"], labels)
+    penalty = 3 * F.cross_entropy(model(old)["cls"], labels, label_smoothing=0.1)
     penalty = penalty + out["seg"].square().mean() + 0.25 * model.head[0].weight.square().sum()
     parameters = list(model.parameters())
     gradients = torch.autograd.grad(loss + penalty, parameters)
@@ -1128,7 +1149,7 @@ def red_patch():
 def through_same_windows(images, target, **more):
     """Augments with windows that are the same in every call."""
     torch.manual_seed(1)
-    return augment(images, target, (0.6, 1.4), **more)
+    return augment(images, target, **{"scale": 1, "zoom": (0.6, 1.4), **more})
 
 
 def test_augmentation_moves_image_and_mask_together():
@@ -1143,10 +1164,12 @@ def test_augmentation_moves_image_and_mask_together():
     assert (outside.abs() < 0.6).float().mean() > 0.9  # grey, but for a blend at the border
 
 
-def test_augmentation_moves_image_and_boxes_together():
+@pytest.mark.parametrize("scale", [1, 0.75])
+def test_augmentation_moves_image_and_boxes_together(scale):
     images, _, boxes = red_patch()
     labels = torch.full((40, 1), 3)
-    x, target = through_same_windows(images, {"boxes": boxes, "labels": labels})
+    x, target = through_same_windows(images, {"boxes": boxes, "labels": labels}, scale=scale)
+    assert x.shape[2:] == (64 * scale, 64 * scale)
     assert torch.equal(target["labels"], labels)
     for image, box in zip(x, target["boxes"][:, 0]):
         rows, columns = (image[0] - image[1] > 1.5).nonzero().unbind(1)
@@ -1167,7 +1190,7 @@ def test_augmentation_reads_masks_at_every_fourth_pixel():
 def test_augmentation_changes_contrast_brightness_and_saturation_alone():
     torch.manual_seed(0)
     images = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8)
-    x, _ = augment(images, {}, zoom=(1, 1), aspect=1)
+    x, _ = augment(images, {}, scale=1, zoom=(1, 1), aspect=1)
     deviation = torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)
     mean = torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1)
     factors = []
@@ -1192,7 +1215,7 @@ def test_half_of_the_images_are_mirrored_and_keep_their_labels():
     torch.manual_seed(0)
     ramp = torch.arange(64).mul(4).to(torch.uint8).expand(400, 3, 64, 64)
     labels = torch.arange(400)[:, None]
-    x, target = augment(ramp, {"labels": labels}, zoom=(1, 1), aspect=1)
+    x, target = augment(ramp, {"labels": labels}, 1, zoom=(1, 1), aspect=1)
     rising = (x[:, 0, 32, 63] > x[:, 0, 32, 0]).float().mean().item()
     assert 0.4 < rising < 0.6
     assert torch.equal(target["labels"], labels)
@@ -1203,7 +1226,8 @@ def test_boxes_cropped_away_are_no_targets():
     corner, tiny = [0.0, 0, 10, 10], [20.0, 20, 21, 21]
     target = {"boxes": torch.tensor([corner, tiny]).expand(300, 2, 4),
               "labels": torch.tensor([3, 4]).expand(300, 2)}
-    _, target = augment(torch.zeros(300, 3, 64, 64, dtype=torch.uint8), target, aspect=1)
+    images = torch.zeros(300, 3, 64, 64, dtype=torch.uint8)
+    _, target = augment(images, target, 1, zoom=(0.6, 1.4), aspect=1)
     (labels, tiny_labels), moved = target["labels"].unbind(1), target["boxes"][:, 0]
     area = (moved[:, 2:] - moved[:, :2]).prod(1)
     assert set(tiny_labels.tolist()) == {-1}  # 1.7 px at most

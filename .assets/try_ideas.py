@@ -1,15 +1,19 @@
-"""Tries ideas for the baselines: trains one task alone, measures it on a development folder.
+"""Tries ideas for the baselines: trains one task alone and measures it on other photos.
 
-    python .assets/try_ideas.py seg --data data --dev DIR --seed 0 1 2 --idea base levels trunk5
+    python .assets/try_ideas.py det --data data --dev DIR --seed 0 1 2 --idea "" "epochs=40 focal=2"
 
-An idea changes the run's arguments or replaces a function of a module; its name is in IDEAS.
-Scores are appended to --log, a JSON file, and printed as mean ± std over the seeds of each idea.
+An idea is a line of NAME=VALUE: the flags image_size, epochs, lr, trunk_lr and batch_size; of the
+network width and levels (those that segmentation reads); of the augmentation scale, zoom=LOW,HIGH,
+aspect, colour and paste (the share of photos that get another one's objects); of the losses lovasz,
+objects (weight of what is not background), smoothing, mixup, focal, quality and radius; test_size;
+and average, the decay of a moving average of the weights. "" is the recipe as it stands. Every
+result is a line of --log; the means over the seeds are printed. --val measures on the data's own
+val split too: with the idea "" that is the table of the baselines.
 """
 import argparse
 import json
 import statistics
 import sys
-from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,136 +26,190 @@ import data
 import losses
 import model
 import train
-from data import TASKS, MiniSet
-from model import SEG, OneHead
+from data import IGNORE, TASKS, MiniSet
+from metrics import evaluate
+
+ARGUMENTS = "image_size epochs lr trunk_lr batch_size".split()
 
 
-class Levels(OneHead):
-    """Segmentation from the sum of the logits of all levels, each upsampled to the finest."""
+# -- Ideas for the network
+class FewerLevels(model.OneHead):
+    """Segmentation from the sum of the `count` finest levels only."""
+
+    count = 1
 
     def forward(self, images, tasks=TASKS):
         if "seg" not in tasks:
             return super().forward(images, tasks)
-        maps = self.fpn(dict(enumerate(self.backbone(images)))).values()
-        maps = [self.head(level)[:, SEG] for level in maps]
-        size = maps[0].shape[2:]
-        return {"seg": sum(F.interpolate(m, size, mode="bilinear") for m in maps)}
+        maps = list(self.fpn(dict(enumerate(self.backbone(images)))).values())[:self.count]
+        maps = [self.head(level)[:, model.SEG] for level in maps]
+        return {"seg": sum(F.interpolate(m, maps[0].shape[2:], mode="bilinear") for m in maps)}
 
 
-def change(**values):
-    """An idea that changes arguments."""
-    return lambda args: vars(args).update(values)
+# -- Ideas for the images
+def paste_objects(images, target, share, **settings):
+    """Objects of another photo of the batch, cut out along their masks (arXiv:2012.07177)."""
+    images, target = data.augment(images, target, mask_stride=1, **settings)
+    mask, other = target["mask"][:, None], target["mask"].roll(1, 0)[:, None]  # (B, 1, S, S)
+    chosen = torch.rand(len(images), 1, 1, 1) < share
+    pasted = chosen & (other > 0) & (other != IGNORE)
+    mask = torch.where(pasted, other, mask)[:, 0, 2::4, 2::4]  # (B, S/4, S/4)
+    return torch.where(pasted, images.roll(1, 0), images), {"mask": mask}
 
 
-def put(module, name, value):
-    """An idea that replaces a name in a module."""
-    return lambda args: setattr(module, name, value)
-
-
-def average(decay):
-    """An idea: measures a moving average of the weights."""
-    def start(args):
-        step, measure, kept = train.train_step, train.evaluate, {}
-
-        def averaged_step(net, *rest):
-            found = step(net, *rest)
-            now = {k: v.detach().clone() for k, v in net.state_dict().items()}
-            for key, value in now.items():
-                if value.is_floating_point() and key in kept:
-                    value.lerp_(kept[key], decay)
-            kept.update(now)
-            return found
-
-        def measured(net, *rest):
-            net = deepcopy(net)
-            net.load_state_dict(kept)
-            return measure(net, *rest)
-        train.train_step, train.evaluate = averaged_step, measured
-    return start
-
-
-def mixup(args):
-    """An idea: classification of pairs of photos, blended (arXiv:1710.09412)."""
-    augment, loss = train.augment, train.task_loss
-
+def mixed_up(augment, strength):
+    """Pairs of blended photos, learned as both classes (arXiv:1710.09412)."""
     def blended(images, target):
         images, target = augment(images, target)
-        share = torch.distributions.Beta(0.2, 0.2).sample()
+        share = torch.distributions.Beta(strength, strength).sample()
         other = torch.randperm(len(images))
         images = share * images + (1 - share) * images[other]
         return images, target | {"other": target["labels"][other], "share": share}
 
     def both(task, out, target):
-        second = loss(task, out, {"labels": target["other"]})
-        return target["share"] * loss(task, out, target) + (1 - target["share"]) * second
-    train.augment, train.task_loss = blended, both
+        first, second = (losses.task_loss(task, out, {"labels": target[key]})
+                         for key in ("labels", "other"))
+        return target["share"] * first + (1 - target["share"]) * second
+    return blended, both
 
 
-def smooth(args):
-    """An idea: label smoothing in classification."""
-    train.task_loss = lambda task, out, target: F.cross_entropy(
-        out["cls"], target["labels"][:, 0], label_smoothing=0.1)
+# -- Ideas for the losses
+def lovasz(logits, mask):
+    """Lovász-softmax, a surrogate of the IoU, over a batch's classes (arXiv:1705.08790)."""
+    shares = F.interpolate(logits, mask.shape[1:], mode="bilinear").softmax(1)
+    shares, truth = shares.permute(0, 2, 3, 1)[mask != IGNORE], mask[mask != IGNORE]
+    total, classes = 0.0, truth.unique()
+    for c in classes:
+        error, order = ((truth == c).float() - shares[:, c]).abs().sort(descending=True)
+        found = (truth == c).float()[order]
+        iou = (found.sum() - found.cumsum(0)) / (found.sum() + (1 - found).cumsum(0))
+        total = total + (error * -iou.diff(prepend=torch.ones(1))).sum()
+    return total / max(1, len(classes))
 
 
-def focal(args):
-    """An idea: focal loss for the confidence, gamma = 2 (arXiv:1708.02002)."""
-    plain = F.binary_cross_entropy_with_logits
-
-    def loss(logits, target, reduction):
-        wrong = (logits.sigmoid() - target).abs()
-        return (wrong ** 2 * plain(logits, target, reduction="none")).sum()
-    losses.F = SimpleNamespace(**{**vars(F), "binary_cross_entropy_with_logits": loss})
+def weighted_seg_loss(logits, mask, objects):
+    """Cross-entropy in which all classes but the background weigh `objects` times as much."""
+    logits = F.interpolate(logits, mask.shape[1:], mode="bilinear")
+    weight = torch.tensor([1.0] + 20 * [objects])
+    return F.cross_entropy(logits, mask, weight, ignore_index=IGNORE)
 
 
-IDEAS = {
-    "base": change(),
-    "trunk5": change(trunk_lr=[0.05] * 3), "trunk0": change(trunk_lr=[0.0] * 3),
-    "trunk50": change(trunk_lr=[0.5] * 3),
-    "half": change(epochs=[10, 10, 5]), "double": change(epochs=[40, 40, 20]),
-    "lr2": change(lr=[2e-3] * 3), "lr.5": change(lr=[5e-4] * 3),
-    "batch16": change(batch_size=16), "batch4": change(batch_size=4),
-    "width192": put(train, "OneHead", partial(OneHead, width=192)),
-    "levels": put(train, "OneHead", Levels),
-    "levels192": put(train, "OneHead", partial(Levels, width=192)),
-    "zoom.35": put(train, "augment", partial(data.augment, zoom=(0.35, 1.1))),
-    "zoom1.4": put(train, "augment", partial(data.augment, zoom=(0.4, 1.4))),
-    "colour.5": put(train, "augment", partial(data.augment, colour=0.5)),
-    "average": average(0.99),
-    "mixup": mixup, "smooth": smooth, "focal": focal,
-}
+def det_loss(det, target, cells, focal=0.0, quality=1.0, radius=1.5):
+    """`losses.det_loss` with a focal confidence (arXiv:1708.02002), with the confidence 1 in place
+    of the quality of the box, or with positive cells up to another radius."""
+    index = losses.assign(target["boxes"], target["labels"], cells, radius)
+    positive, index = index >= 0, index.clamp(min=0)
+    boxes = target["boxes"].gather(1, index[..., None].expand(-1, -1, 4))
+    labels = target["labels"].gather(1, index).where(positive, IGNORE)
+    distance = losses.giou_loss(det[..., :4], boxes)
+    truth = (1 - quality * distance.detach()).clamp(min=0) * positive
+    confidence = F.binary_cross_entropy_with_logits(det[..., 4], truth, reduction="none")
+    confidence = confidence * (truth - det[..., 4].sigmoid()).abs() ** focal
+    classes = F.cross_entropy(det[..., 5:].flatten(0, 1), labels.flatten(), ignore_index=IGNORE,
+                              reduction="sum")
+    total = 2 * (distance * positive).sum() + classes + confidence.sum()
+    return total / positive.sum().clamp(min=1)
+
+
+# -- One training
+def averaged(decay):
+    """Makes the step keep a moving average of the weights -> that average, filled in training."""
+    step, kept = train.train_step, {}
+
+    def averaged_step(net, *rest):
+        found = step(net, *rest)
+        for key, value in net.state_dict().items():
+            kept.setdefault(key, value.clone())
+            if value.is_floating_point():
+                kept[key].lerp_(value, 1 - decay)
+        return found
+    train.train_step = averaged_step
+    return kept
+
+
+def prepare(task, idea, args):
+    """Puts the idea into the arguments and the modules -> what `averaged` keeps, or None."""
+    for name in ARGUMENTS:
+        if name in idea:
+            kind = int if name in ("image_size", "epochs", "batch_size") else float
+            value = kind(idea.pop(name))
+            setattr(args, name, value if name.endswith("size") else [value] * 3)
+    FewerLevels.count = int(idea.pop("levels", 3))
+    network = FewerLevels if FewerLevels.count < 3 else model.OneHead
+    train.OneHead = partial(network, width=int(idea.pop("width", 128)))
+
+    settings = {name: float(idea.pop(name)) for name in ("scale", "aspect", "colour")
+                if name in idea}
+    if "zoom" in idea:
+        settings["zoom"] = tuple(map(float, idea.pop("zoom").split(",")))
+    train.augment = partial(data.augment, **settings)
+    if "paste" in idea:
+        share = float(idea.pop("paste"))
+        train.augment = partial(paste_objects, share=share, **settings)
+    losses.SMOOTHING = float(idea.pop("smoothing", losses.SMOOTHING))
+    if "mixup" in idea:
+        train.augment, train.task_loss = mixed_up(train.augment, float(idea.pop("mixup")))
+    if "lovasz" in idea:
+        weight, plain = float(idea.pop("lovasz")), losses.seg_loss
+        losses.seg_loss = lambda *pair: plain(*pair) + weight * lovasz(*pair)
+    if "objects" in idea:
+        losses.seg_loss = partial(weighted_seg_loss, objects=float(idea.pop("objects")))
+    of_det = {name: float(idea.pop(name)) for name in ("focal", "quality", "radius")
+              if name in idea}
+    if of_det:
+        losses.det_loss = partial(det_loss, **of_det)
+    kept = averaged(float(idea.pop("average"))) if "average" in idea else None
+    if idea:
+        raise SystemExit(f"--idea: does not know {', '.join(idea)}")
+    return kept
+
+
+def try_idea(task, text, seed, options):
+    """One training of one idea -> a row of the log. The modules are as before afterwards."""
+    before = {module: dict(vars(module)) for module in (data, losses, model, train)}
+    args = train.parse(["--data", options.data])
+    args.seed, idea = seed, dict(pair.split("=") for pair in text.split())
+    test_size = int(idea.pop("test_size", 0))
+    kept = prepare(task, idea, args)
+    samples = {task: MiniSet(options.data, task, "train", args.image_size)}
+    train.evaluate = lambda *rest: {}  # the last epoch is measured below
+    run = SimpleNamespace(args=args, train=samples, val={}, time_left=lambda: "?")
+    net = train.new_model(args)
+    seconds = sum(row["seconds"] for row in train.train_stage(net, task, run))
+    net.load_state_dict(kept or net.state_dict())
+
+    row = {"task": task, "idea": text, "seed": seed, "seconds": round(seconds)}
+    for name, root in {"dev": options.dev, "val": options.val and options.data}.items():
+        if root:
+            split = MiniSet(root, task, "val", test_size or args.image_size, samples[task].classes)
+            scores = evaluate(net, {task: split}, args.device)
+            row |= {name: scores[task]}
+            row |= {f"{name} mAP@50:95": scores["map_50_95"]} if task == "det" else {}
+    for module, names in before.items():
+        vars(module).update(names)
+    return row
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=TASKS)
-    parser.add_argument("--idea", nargs="+", choices=IDEAS, default=["base"])
+    parser.add_argument("task", choices=TASKS, nargs="+")
+    parser.add_argument("--idea", nargs="+", default=[""])
     parser.add_argument("--seed", nargs="+", type=int, default=[0])
-    parser.add_argument("--size", type=int, default=192)
     parser.add_argument("--data", default="data")
-    parser.add_argument("--dev", required=True)
-    parser.add_argument("--log", default="ideas.json")
+    parser.add_argument("--dev", help="a folder in the layout of --data, of which val is read")
+    parser.add_argument("--val", action="store_true")
+    parser.add_argument("--log", default="ideas.jsonl")
     options = parser.parse_args()
-    log = json.loads(Path(options.log).read_text()) if Path(options.log).exists() else []
-    task, original = options.task, {m: dict(vars(m)) for m in (data, losses, model, train)}
-    samples = {task: MiniSet(options.data, task, "train", options.size)}
-    dev = {task: MiniSet(options.dev, task, "val", options.size, samples[task].classes)}
-    for idea in options.idea:
-        for seed in options.seed:
-            args = train.parse(["--data", options.data, "--image-size", str(options.size),
-                                "--epochs", "20", "20", "10"])
-            args.seed = seed
-            IDEAS[idea](args)
-            run = SimpleNamespace(args=args, train=samples, val=dev, time_left=lambda: "?")
-            score = train.train_stage(train.new_model(args), task, run)[-1]
-            for module, names in original.items():
-                vars(module).update(names)
-            key = {"task": task, "idea": idea, "size": options.size, "seed": seed}
-            log.append(key | {"score": score[task], "map_50_95": score.get("map_50_95")})
-            Path(options.log).write_text(json.dumps(log, indent=0))
-        scores = [row["score"] for row in log if (row["task"], row["idea"]) == (task, idea)]
-        spread = statistics.stdev(scores) if len(scores) > 1 else float("nan")
-        print(f"{task} {idea}: {statistics.mean(scores):.3f} ± {spread:.3f}, {len(scores)} seeds")
+    for task in options.task:
+        for idea in options.idea:
+            rows = [try_idea(task, idea, seed, options) for seed in options.seed]
+            with open(options.log, "a", encoding="utf-8") as log:
+                log.writelines(json.dumps(row) + "\n" for row in rows)
+            for key in list(rows[0])[4:]:
+                scores = [row[key] for row in rows]
+                spread = f" ± {statistics.stdev(scores):.3f}" if len(scores) > 1 else ""
+                print(f"{task} [{idea}] {key}: {statistics.mean(scores):.3f}{spread}", flush=True)
 
 
 if __name__ == "__main__":

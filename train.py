@@ -31,10 +31,10 @@ from metrics import (NAMES, compare, digest, evaluate, evaluate_saved, judge, la
 from model import OneHead, load_weights, read_checkpoint, save_model, write_checkpoint
 
 # What depends on the data: shapes are learned from scratch, photos from an ImageNet backbone
-RECIPES = {"shapes": dict(weights="none", image_size=96, epochs=[22, 22, 16],
+RECIPES = {"shapes": dict(weights="none", image_size=128, epochs=[20, 20, 16],
                           lr=[2e-3, 2e-3, 1e-3], trunk_lr=[1.0, 1.0, 1.0], batch_size=16),
-           "photos": dict(weights="imagenet", image_size=320, epochs=[40, 40, 15],
-                          lr=[1e-3, 1e-3, 1e-3], trunk_lr=[0.2, 0.2, 0.05], batch_size=8)}
+           "photos": dict(weights="imagenet", image_size=320, epochs=[20, 20, 15],
+                          lr=[1e-3, 1e-3, 1e-3], trunk_lr=[0.05, 0.2, 0.05], batch_size=8)}
 SHAPES_DIR = ".shapes/v1"  # drawn on first use
 WEIGHT_DECAY = 0.01
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]

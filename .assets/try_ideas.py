@@ -33,10 +33,10 @@ ARGUMENTS = "image_size epochs lr trunk_lr batch_size".split()
 
 
 # -- Ideas for the network
-class FewerLevels(model.OneHead):
-    """Segmentation from the sum of the `count` finest levels only."""
+class OtherLevels(model.OneHead):
+    """Segmentation from the sum of the `count` finest levels."""
 
-    count = 1
+    count = 2
 
     def forward(self, images, tasks=TASKS):
         if "seg" not in tasks:
@@ -134,8 +134,8 @@ def prepare(task, idea, args):
             kind = int if name in ("image_size", "epochs", "batch_size") else float
             value = kind(idea.pop(name))
             setattr(args, name, value if name.endswith("size") else [value] * 3)
-    FewerLevels.count = int(idea.pop("levels", 3))
-    network = FewerLevels if FewerLevels.count < 3 else model.OneHead
+    network = OtherLevels if "levels" in idea else model.OneHead
+    OtherLevels.count = int(idea.pop("levels", 2))
     train.OneHead = partial(network, width=int(idea.pop("width", 128)))
 
     settings = {name: float(idea.pop(name)) for name in ("scale", "aspect", "colour")

@@ -63,8 +63,8 @@ class OneHead(nn.Module):
     def forward(self, images, tasks=("seg", "det", "cls")):
         """images (B, 3, H, W), normalised -> a dict with the outputs of `tasks`.
 
-        seg    logits (B, 21, H/8, W/8), the sum over the two finest levels: one sees outlines, one
-               more of the scene; the coarsest is rewritten in the stage of classification
+        seg    logits (B, 21, H/8, W/8), the sum over all levels: the coarse ones see the scene, the
+               finest one the outlines; whoever needs another size upsamples
         det    (B, N, 15) = x1, y1, x2, y2 in input pixels, confidence logit, 10 class logits: one
                row for each cell of every level
         cells  (N, 3), comes with det: x, y of each row's cell and its stride, in input pixels
@@ -79,7 +79,7 @@ class OneHead(nn.Module):
         out = {}
         if "seg" in tasks:
             finest = maps[0].shape[2:]  # (H/8, W/8)
-            out["seg"] = sum(F.interpolate(m[:, SEG], finest, mode="bilinear") for m in maps[:2])
+            out["seg"] = sum(F.interpolate(m[:, SEG], finest, mode="bilinear") for m in maps)
         if "det" in tasks:
             rows = torch.cat([m[:, DET].flatten(2) for m in maps], 2).transpose(1, 2)  # (B, N, 15)
             out["cells"] = cells(*images.shape[-2:], tuple(self.strides), images.device)  # (N, 3)

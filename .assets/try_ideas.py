@@ -36,7 +36,7 @@ ARGUMENTS = "image_size epochs lr trunk_lr batch_size".split()
 class OtherLevels(model.OneHead):
     """Segmentation from the sum of the `count` finest levels."""
 
-    count = 2
+    count = 1
 
     def forward(self, images, tasks=TASKS):
         if "seg" not in tasks:
@@ -135,7 +135,7 @@ def prepare(task, idea, args):
             value = kind(idea.pop(name))
             setattr(args, name, value if name.endswith("size") else [value] * 3)
     network = OtherLevels if "levels" in idea else model.OneHead
-    OtherLevels.count = int(idea.pop("levels", 2))
+    OtherLevels.count = int(idea.pop("levels", 3))
     train.OneHead = partial(network, width=int(idea.pop("width", 128)))
 
     settings = {name: float(idea.pop(name)) for name in ("scale", "aspect", "colour")

@@ -244,17 +244,17 @@ def normalise(images):
     return images.to(torch.float32, memory_format=torch.channels_last).sub_(mean).div_(deviation)
 
 
-def augment(images, target, scale=0.8, zoom=(0.4, 1.2), aspect=1.3, colour=0.3, mask_stride=4):
+def augment(images, target, zoom=(0.4, 1.2), aspect=1.3, colour=0.3, mask_stride=4):
     """Shows each image of a batch (B, 3, S, S) uint8 through a random window, mirrors about half of
-    them, changes contrast, brightness and saturation -> (normalised images (B, 3, scale · S,
-    scale · S), their target).
+    them, changes contrast, brightness and saturation -> (normalised images (B, 3, s, s), their
+    target), where s is the mean of zoom times S.
 
-    The window's side is zoom · S, on average 0.8 · S, shown on scale · S pixels: objects
-    are as large as in whole images, and a step costs two thirds of one on these. Masks are read
-    at a quarter of the size: logits are coarser still, and the window moves in every epoch.
+    The window's side is zoom times S. Shown on s pixels, objects are on average as large as in a
+    whole image, at two thirds of its cost. Masks are read at a quarter of the size: logits are
+    coarser still, and the window moves in every epoch.
     """
     old_size, (mean, deviation) = images.shape[-1], imagenet(images.device)
-    size = round(scale * old_size)
+    size = round(sum(zoom) / 2 * old_size)
     window = random_windows(len(images), zoom, aspect, images.device)
     x = look(images.to(torch.float32).sub_(mean), window, size, "bilinear")  # outside: mean colour
     x = change_colours(x, colour, deviation)

@@ -1149,7 +1149,7 @@ def red_patch():
 def through_same_windows(images, target, **more):
     """Augments with windows that are the same in every call."""
     torch.manual_seed(1)
-    return augment(images, target, **{"scale": 1, "zoom": (0.6, 1.4), **more})
+    return augment(images, target, **{"zoom": (0.6, 1.4), **more})
 
 
 def test_augmentation_moves_image_and_mask_together():
@@ -1164,12 +1164,12 @@ def test_augmentation_moves_image_and_mask_together():
     assert (outside.abs() < 0.6).float().mean() > 0.9  # grey, but for a blend at the border
 
 
-@pytest.mark.parametrize("scale", [1, 0.75])
-def test_augmentation_moves_image_and_boxes_together(scale):
+@pytest.mark.parametrize("zoom, size", [((0.6, 1.4), 64), ((1.2, 1.8), 96)])
+def test_augmentation_moves_image_and_boxes_together(zoom, size):
     images, _, boxes = red_patch()
     labels = torch.full((40, 1), 3)
-    x, target = through_same_windows(images, {"boxes": boxes, "labels": labels}, scale=scale)
-    assert x.shape[2:] == (64 * scale, 64 * scale)
+    x, target = through_same_windows(images, {"boxes": boxes, "labels": labels}, zoom=zoom)
+    assert x.shape[2:] == (size, size)
     assert torch.equal(target["labels"], labels)
     for image, box in zip(x, target["boxes"][:, 0]):
         rows, columns = (image[0] - image[1] > 1.5).nonzero().unbind(1)
@@ -1190,7 +1190,7 @@ def test_augmentation_reads_masks_at_every_fourth_pixel():
 def test_augmentation_changes_contrast_brightness_and_saturation_alone():
     torch.manual_seed(0)
     images = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8)
-    x, _ = augment(images, {}, scale=1, zoom=(1, 1), aspect=1)
+    x, _ = augment(images, {}, zoom=(1, 1), aspect=1)
     deviation = torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)
     mean = torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1)
     factors = []
@@ -1215,7 +1215,7 @@ def test_half_of_the_images_are_mirrored_and_keep_their_labels():
     torch.manual_seed(0)
     ramp = torch.arange(64).mul(4).to(torch.uint8).expand(400, 3, 64, 64)
     labels = torch.arange(400)[:, None]
-    x, target = augment(ramp, {"labels": labels}, 1, zoom=(1, 1), aspect=1)
+    x, target = augment(ramp, {"labels": labels}, zoom=(1, 1), aspect=1)
     rising = (x[:, 0, 32, 63] > x[:, 0, 32, 0]).float().mean().item()
     assert 0.4 < rising < 0.6
     assert torch.equal(target["labels"], labels)
@@ -1227,7 +1227,7 @@ def test_boxes_cropped_away_are_no_targets():
     target = {"boxes": torch.tensor([corner, tiny]).expand(300, 2, 4),
               "labels": torch.tensor([3, 4]).expand(300, 2)}
     images = torch.zeros(300, 3, 64, 64, dtype=torch.uint8)
-    _, target = augment(images, target, 1, zoom=(0.6, 1.4), aspect=1)
+    _, target = augment(images, target, zoom=(0.6, 1.4), aspect=1)
     (labels, tiny_labels), moved = target["labels"].unbind(1), target["boxes"][:, 0]
     area = (moved[:, 2:] - moved[:, :2]).prod(1)
     assert set(tiny_labels.tolist()) == {-1}  # 1.7 px at most

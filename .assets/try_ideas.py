@@ -3,7 +3,7 @@
     python .assets/try_ideas.py det --data data --dev DIR --seed 0 1 2 --idea "" "epochs=40 focal=2"
 
 An idea is a line of NAME=VALUE: the flags image_size, epochs, lr, trunk_lr and batch_size; of the
-network width and levels (those that segmentation reads); of the augmentation scale, zoom=LOW,HIGH,
+network width and levels (those that segmentation reads); of the augmentation zoom=LOW,HIGH,
 aspect, colour and paste (the share of photos that get another one's objects); of the losses lovasz,
 objects (weight of what is not background), smoothing, mixup, focal, quality and radius; test_size;
 and average, the decay of a moving average of the weights. "" is the recipe as it stands. Every
@@ -138,8 +138,7 @@ def prepare(task, idea, args):
     OtherLevels.count = int(idea.pop("levels", 3))
     train.OneHead = partial(network, width=int(idea.pop("width", 128)))
 
-    settings = {name: float(idea.pop(name)) for name in ("scale", "aspect", "colour")
-                if name in idea}
+    settings = {name: float(idea.pop(name)) for name in ("aspect", "colour") if name in idea}
     if "zoom" in idea:
         settings["zoom"] = tuple(map(float, idea.pop("zoom").split(",")))
     train.augment = partial(data.augment, **settings)

@@ -1,10 +1,12 @@
 """Remedies against forgetting, each a small class. `--strategy` names one, or several joined by +.
 
-    acts on     class   what it adds to the loss of a later stage
-    data        Replay  the old tasks' losses on a few stored images
-    outputs     LwF     the distance to the previous model's answers on the new images
-    weights     EWC     springs that hold the weights which the old tasks need
-    weights     Freeze  nothing: the backbone, or backbone and neck, stop learning
+    acts on     class      what it adds to the loss of a later stage
+    data        Replay     the old tasks' losses, and the previous model's answers, on a few stored
+                           images
+    weights     EWC        springs that hold the weights which the old tasks need
+    outputs     LwF        the distance to the previous model's answers on the new images
+    weights     Freeze     nothing: the backbone, or backbone and neck, stop learning
+    structure   Isolation  nothing: a new task gets channels of its own, old ones stop learning
 
 To add a remedy, write a class with those methods of `Remedy` that it needs:
     remember(task, model, samples)     after each stage but the last: store what you need of the
@@ -29,16 +31,23 @@ from losses import distil_det, distil_seg, task_loss
 
 PAIRS = (("det", "seg"), ("cls", "seg"), ("cls", "det"))  # a stage's new task and an old task in it
 DISTANCES = {"seg": distil_seg, "det": distil_det}
-# Default strengths, one for each of PAIRS, and the shares of the learning rate for the shared
-# layers, one for each stage. Beside LwF, EWC can be softer, and the shared layers can learn twice
-# as fast in Stage 2, as drift is corrected twice; from scratch that rate diverged. Replay alone
-# corrects drift on ten images only: there the shared layers learn slower in later stages.
+# Default strengths: a value for each of PAIRS, or for each stage (shared_lr, own_channels). A row
+# holds what differs from the rows above it that apply too: "otherwise", and that of its strategy.
 STRENGTHS = {
-    "otherwise": dict(lwf_weight=[5, 1, 1], ewc_lambda=[5, 5, 10], shared_lr=[1, 1, 1]),
-    "replay": dict(lwf_weight=[5, 1, 1], ewc_lambda=[5, 5, 10], shared_lr=[1, 0.5, 0.3]),
+    "otherwise": dict(replay_weight=[1, 1, 1], replay_teacher=[6, 6, 3], lwf_weight=[5, 1, 1],
+                      ewc_lambda=[5, 5, 10], own_channels=[0, 128, 64], shared_lr=[1, 1, 1]),
+    # Shapes are learned from scratch, and ten of them show enough for labels to teach
+    "replay from scratch": dict(replay_teacher=[0.7, 2, 1], shared_lr=[1, 1, 0.3]),
+    # Drift is corrected twice: softer springs, and shared layers that learn faster
     "ewc+lwf": dict(lwf_weight=[1, 0.3, 2], ewc_lambda=[0.5, 5, 10], shared_lr=[1, 2, 1]),
-    "ewc+lwf from scratch": dict(lwf_weight=[1, 0.3, 2], ewc_lambda=[0.5, 5, 10],
-                                 shared_lr=[1, 1, 1])}
+    "ewc+lwf from scratch": dict(shared_lr=[1, 1, 1]),  # twice that rate diverged
+    "replay+lwf": dict(replay_teacher=[2, 2, 1], lwf_weight=[1, 2, 2]),
+    # Alone, nothing corrects the backbone's drift; so it stands still
+    "isolation": dict(shared_lr=[1, 0, 0]),
+    # What is shared is the backbone: in Stage 2 it may follow detection, in Stage 3 only a little
+    "replay+lwf+isolation": dict(replay_weight=[1, 0, 0], replay_teacher=[2, 0, 0],
+                                 lwf_weight=[1, 1, 1], shared_lr=[1, 2.5, 1]),
+    "replay+lwf+isolation from scratch": dict(shared_lr=[1, 1, 1])}
 
 
 class Remedy:
@@ -60,19 +69,25 @@ class Remedy:
 
 
 class Replay(Remedy):
-    """Rehearsal (Robins 1995, "Catastrophic forgetting, rehearsal and pseudorehearsal").
+    """Rehearsal (Robins 1995, "Catastrophic forgetting, rehearsal and pseudorehearsal") with labels
+    and the previous model's answers (DER++, Buzzega et al. 2020, arXiv:2004.07211, eq. 6).
 
-        L = L_new + weight · Σ_old L_old(images from the buffer)
+        L = L_new + Σ_old weight_old · L_old + teacher_old · D_old(outputs now, previous model's)
 
-    At most 10 images per old task, chosen once with the run's seed so that they cover the classes,
-    stored without augmentation and augmented anew on each draw.
+    on at most 10 stored images per old task, chosen once with the run's seed so that they cover the
+    classes. Ten images are soon learned by heart; the answers say more about each of them than its
+    labels do. DER++ stores the answers; each draw here is another window of the image, and so the
+    model as the last stage left it is asked anew.
     """
 
     def __init__(self, args):
         super().__init__(args)
-        self.buffer = {}  # of each old task: a batch as in MiniSet
+        self.buffer, self.teacher = {}, None  # of each old task: a batch as in MiniSet
+        self.weight = dict(zip(PAIRS, args.replay_weight))
+        self.teaching = dict(zip(PAIRS, args.replay_teacher))
 
     def remember(self, task, model, samples):
+        self.teacher = previous(model)
         if task in self.args.replay_tasks:
             labels = {i: set(samples.labels(i).tolist()) for i in range(len(samples))}
             order = cover(labels, random.Random(self.args.seed))
@@ -80,11 +95,17 @@ class Replay(Remedy):
             self.buffer[task] = take(samples.batch, chosen, self.args.device)
 
     def penalty(self, task, model, images, out):
-        drawn = {old: torch.randperm(len(stored[0]))[:self.args.replay_batch]
-                 for old, stored in self.buffer.items()}
-        batches = {old: augment(*take(self.buffer[old], index)) for old, index in drawn.items()}
-        return self.args.replay_weight * sum(task_loss(old, model(x, (old,)), target)
-                                             for old, (x, target) in batches.items())
+        total = 0.0
+        for old, stored in self.buffer.items():
+            weight, teaching = self.weight[task, old], self.teaching[task, old]
+            if weight or teaching:
+                drawn = torch.randperm(len(stored[0]))[:self.args.replay_batch]
+                x, target = augment(*take(stored, drawn))
+                now = model(x, (old,))
+                total = total + weight * task_loss(old, now, target)
+            if teaching:
+                total = total + teaching * distance(old, now, self.teacher(x, (old,)))
+        return total
 
 
 class LwF(Remedy):
@@ -105,7 +126,7 @@ class LwF(Remedy):
         self.weight = dict(zip(PAIRS, args.lwf_weight))
 
     def remember(self, task, model, samples):
-        self.teacher = deepcopy(model).eval().requires_grad_(False)
+        self.teacher = previous(model)
         self.old = (*self.old, task)
 
     def wants(self, task):
@@ -116,8 +137,17 @@ class LwF(Remedy):
             images = F.avg_pool2d(images, 2)  # (B, 3, S/2, S/2)
             out = model(images, self.old)
         taught = self.teacher(images, self.old) if self.old else {}
-        return sum(self.weight[task, old] * DISTANCES[old](out[old].float(), taught[old].float())
-                   for old in self.old)
+        return sum(self.weight[task, old] * distance(old, out, taught) for old in self.old)
+
+
+def previous(model):
+    """A copy of the model that learns no more: the teacher of the next stage."""
+    return deepcopy(model).eval().requires_grad_(False)
+
+
+def distance(task, out, taught):
+    """How far what a model says about a task is from what its teacher says -> scalar >= 0."""
+    return DISTANCES[task](out[task].float(), taught[task].float())
 
 
 class EWC(Remedy):
@@ -186,26 +216,52 @@ class Freeze(Remedy):
         model.fix_batchnorm()
 
 
-REMEDIES = {"replay": Replay, "lwf": LwF, "ewc": EWC, "freeze": Freeze}
+class Isolation(Remedy):
+    """Parameter isolation (Rusu et al. 2016, arXiv:1606.04671; Mallya & Lazebnik 2018,
+    arXiv:1711.05769): a new task gets channels of its own in neck and hidden layer.
+
+        y_old = f(x; θ_old)    y_new = f(x; θ_old, θ_own)    θ_old is held, θ_own learns
+
+    New channels read old ones, old ones never new ones (see `OneHead.widen`), so that y_old cannot
+    move but for the backbone, which all tasks share and which `--shared-lr` slows or stops. It is
+    still one convolution after another, only wider.
+    """
+
+    def __init__(self, args):
+        super().__init__(args)
+        self.learned = []
+
+    def remember(self, task, model, samples):
+        self.learned.append(task)
+        extra = self.args.own_channels[len(self.learned)]
+        torch.manual_seed(self.args.seed)  # cached or trained, what ran before leaves no trace
+        if extra:
+            model.widen(extra, self.learned)
+
+
+# In the order in which they remember: Freeze and Isolation change the model that the others look at
+REMEDIES = {"replay": Replay, "ewc": EWC, "lwf": LwF, "freeze": Freeze, "isolation": Isolation}
 
 
 def strategy(text):
-    """The type of `--strategy`: none, joint, or names of REMEDIES joined by +."""
+    """The type of `--strategy`: none, joint, or names of REMEDIES joined by +, in any order."""
     names = text.split("+")
     known = text in ("none", "joint") or set(names) <= set(REMEDIES)
     if not known or len(set(names)) < len(names):
         raise argparse.ArgumentTypeError(f"{text}: choose none, joint, or any of "
                                          f"{', '.join(REMEDIES)}, each once, joined by +")
-    return text
+    if {"ewc", "isolation"} <= set(names):
+        raise argparse.ArgumentTypeError(f"{text}: isolation widens the network, and EWC's springs "
+                                         "do not fit any more; leave one of them out")
+    return "+".join(sorted(names, key=[*REMEDIES, *names].index))
 
 
 def build(args):
-    """The remedies of args.strategy. In the order of REMEDIES: EWC looks before Freeze acts."""
-    return [remedy(args) for name, remedy in REMEDIES.items() if name in args.strategy.split("+")]
+    """The remedies of args.strategy, in the order of REMEDIES."""
+    return [REMEDIES[name](args) for name in args.strategy.split("+") if name in REMEDIES]
 
 
 def default_strengths(strategy, weights):
-    """The row of STRENGTHS for a strategy and the initial weights (the value of --weights)."""
-    if not {"ewc", "lwf"} <= set(strategy.split("+")):
-        return STRENGTHS["replay" if strategy == "replay" else "otherwise"]
-    return STRENGTHS["ewc+lwf from scratch" if weights == "none" else "ewc+lwf"]
+    """The flags of STRENGTHS for a strategy and the initial weights (the value of --weights)."""
+    rows = ["otherwise", strategy] + [f"{strategy} from scratch"] * (weights == "none")
+    return {flag: value for row in rows for flag, value in STRENGTHS.get(row, {}).items()}

@@ -14,12 +14,14 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize
 from torchvision.models import MobileNet_V3_Small_Weights, mobilenet_v3_small
 from torchvision.ops import FeaturePyramidNetwork, batched_nms
 
 from data import UserError
 
 SEG, DET, CLS = slice(0, 21), slice(21, 36), slice(36, 46)  # the channel map of the head
+ROWS = {"seg": SEG, "det": DET, "cls": CLS}  # of the output layer, by task
 PRIOR = 0.01  # confidence of every cell before training (RetinaNet, section 3.3)
 
 
@@ -63,8 +65,9 @@ class OneHead(nn.Module):
     def forward(self, images, tasks=("seg", "det", "cls")):
         """images (B, 3, H, W), normalised -> a dict with the outputs of `tasks`.
 
-        seg    logits (B, 21, H/8, W/8), the sum over all levels: the coarse ones see the scene, the
-               finest one the outlines; whoever needs another size upsamples
+        seg    logits (B, 21, H/8, W/8), the sum over all levels, from the finest, which sees the
+               outlines, to a single cell for the whole scene, the mean of the coarsest level
+               (ParseNet, arXiv:1506.04579); whoever needs another size upsamples
         det    (B, N, 15) = x1, y1, x2, y2 in input pixels, confidence logit, 10 class logits: one
                row for each cell of every level
         cells  (N, 3), comes with det: x, y of each row's cell and its stride, in input pixels
@@ -79,7 +82,10 @@ class OneHead(nn.Module):
         out = {}
         if "seg" in tasks:
             finest = maps[0].shape[2:]  # (H/8, W/8)
-            out["seg"] = sum(F.interpolate(m[:, SEG], finest, mode="bilinear") for m in maps)
+            scene = levels[-1].mean((2, 3), keepdim=True)  # (B, 128, 1, 1)
+            scene = self.head(scene.expand(-1, -1, 3, 3))[..., 1:2, 1:2]  # a cell without borders
+            out["seg"] = scene[:, SEG] + sum(F.interpolate(m[:, SEG], finest, mode="bilinear")
+                                             for m in maps)
         if "det" in tasks:
             rows = torch.cat([m[:, DET].flatten(2) for m in maps], 2).transpose(1, 2)  # (B, N, 15)
             out["cells"] = cells(*images.shape[-2:], tuple(self.strides), images.device)  # (N, 3)
@@ -106,11 +112,64 @@ class OneHead(nn.Module):
         for layer in self.batchnorms().values():
             layer.fixed = False
 
+    def widen(self, extra, learned):
+        """Gives neck and hidden layer `extra` channels more, for the tasks to come.
+
+        A new channel reads all channels; old channels, and the output rows of the tasks `learned`,
+        read old ones only and are held. So old outputs stay bit-identical, whatever new channels
+        learn, as long as the backbone stands still.
+        """
+        self.release()
+        old = range(self.arch["width"])
+        for block in self.fpn.inner_blocks:
+            widen(block[0], 0, extra, old)
+        for layer in (*(block[0] for block in self.fpn.layer_blocks), self.head[0]):
+            widen(layer, extra, extra, old)
+        widen(self.head[2], extra, 0, [row for task in learned for row in range(46)[ROWS[task]]])
+        self.arch["width"] += extra
+
+    def release(self):
+        """Makes what is held ordinary weights again, as files and a stage that shares them want."""
+        for layer in self.modules():
+            if parametrize.is_parametrized(layer):
+                parametrize.remove_parametrizations(layer, "weight")
+                parametrize.remove_parametrizations(layer, "bias")
+
     def train(self, mode=True):
         super().train(mode)
         for layer in self.batchnorms().values():
             layer.train(mode and not getattr(layer, "fixed", False))
         return self
+
+
+class Held(nn.Module):
+    """A parametrization: some rows of a weight or bias keep their value, whatever is learned. A
+    gradient of 0 would not do: AdamW's decay moves weights without any."""
+
+    def __init__(self, value, rows):
+        super().__init__()
+        self.register_buffer("value", value.detach().clone())
+        self.register_buffer("held", torch.zeros_like(value, dtype=torch.bool))
+        self.held[rows] = True
+
+    def forward(self, learned):
+        return torch.where(self.held, self.value, learned)
+
+
+def widen(conv, inputs, outputs, held):
+    """Adds inputs and outputs to a convolution, in place. Its old outputs do not read the new
+    inputs (these weights are 0), and its rows `held` keep their values."""
+    out, into = conv.weight.shape[:2]
+    wider = nn.Conv2d(into + inputs, out + outputs, conv.kernel_size)
+    wider = wider.to(conv.weight.device, memory_format=torch.channels_last)
+    with torch.no_grad():
+        wider.weight[:out] = 0
+        wider.weight[:out, :into] = conv.weight
+        wider.bias[:out] = conv.bias
+    conv.in_channels, conv.out_channels = into + inputs, out + outputs
+    for name, value in wider.named_parameters():
+        setattr(conv, name, value)
+        parametrize.register_parametrization(conv, name, Held(value, list(held)))
 
 
 @cache

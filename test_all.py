@@ -421,10 +421,13 @@ def test_outputs_come_from_their_levels():
     model, images = OneHead().eval(), torch.randn(2, 3, 64, 96)
     out = model(images)
     levels = model.fpn(dict(enumerate(model.backbone(images)))).values()
+    *_, coarsest = levels
     maps = [model.head(level) for level in levels]
     assert [tuple(m.shape[2:]) for m in maps] == [(8, 12), (4, 6), (2, 3)]
     summed = sum(F.interpolate(m[:, SEG], (8, 12), mode="bilinear") for m in maps)
-    torch.testing.assert_close(out["seg"], summed)
+    scene = coarsest.mean((2, 3))[..., None, None].expand(2, 128, 9, 9)
+    scene = model.head(scene)[:, SEG, 4:5, 4:5]  # far from the border
+    torch.testing.assert_close(out["seg"], summed + scene)
     row = 96 + 7  # row 1, column 1 of the second level
     torch.testing.assert_close(out["det"][:, row, 4:], maps[1][:, DET][:, 4:, 1, 1])
     boxes = decode(maps[1][:, DET][:, :4, 1, 1], torch.tensor([24.0, 24, 16]))
@@ -748,14 +751,18 @@ def test_ewc_adds_the_springs_of_both_old_tasks_by_hand(held_by_ewc):
 
 
 def test_replay_penalty_is_the_loss_of_drawn_images(trained_model, shapes, tiny_run):
-    replay = remedy_of(forgetting.Replay, shapes, "--replay-weight", "3", "--replay-batch", "2")
+    replay = remedy_of(forgetting.Replay, shapes, "--replay-batch", "2",
+                       "--replay-weight", "2", "2", "3", "--replay-teacher", "4", "4", "5")
     replay.remember("det", trained_model, tiny_run.train["det"])
+    teacher = deepcopy(trained_model)
+    jolt(trained_model)
     torch.manual_seed(5)
     penalty = replay.penalty("cls", trained_model, None, None)
     torch.manual_seed(5)
     images, target = augment(*take(replay.buffer["det"], torch.randperm(10)[:2]))
-    out = trained_model(images, ("det",))
+    out, taught = trained_model(images, ("det",)), teacher(images, ("det",))
     by_hand = 3 * losses.det_loss(out["det"], target, out["cells"])
+    by_hand += 5 * losses.distil_det(out["det"], taught["det"])
     torch.testing.assert_close(penalty, by_hand, rtol=1e-4, atol=1e-5)
 
 
@@ -1023,10 +1030,10 @@ def test_cover_takes_rare_classes_first():
 
 
 @pytest.mark.parametrize("count", [3, 10])
-def test_replay_stores_distinct_images_without_augmentation(count, shapes, tiny_run):
+def test_replay_stores_distinct_images_without_augmentation(count, trained_model, shapes, tiny_run):
     replay = remedy_of(forgetting.Replay, shapes, "--replay-images", str(count))
     samples = tiny_run.train["det"]
-    replay.remember("det", None, samples)
+    replay.remember("det", trained_model, samples)
     images, target = replay.buffer["det"]
     assert len(images) == len(images.unique(dim=0)) == len(target["labels"]) == count
     for image in images:
@@ -1046,9 +1053,9 @@ def test_replay_keeps_its_images_and_draws_some_a_step(trained_model, shapes, ti
     assert all_equal(before, ((task, images) for task, (images, _) in replay.buffer.items()))
 
 
-def test_replay_of_one_task_ignores_the_other(shapes, tiny_run):
+def test_replay_of_one_task_ignores_the_other(trained_model, shapes, tiny_run):
     replay = remedy_of(forgetting.Replay, shapes, "--replay-tasks", "seg")
-    replay.remember("det", None, tiny_run.train["det"])
+    replay.remember("det", trained_model, tiny_run.train["det"])
     assert replay.buffer == {}
     assert replay.penalty("cls", None, None, None) == 0
 
@@ -1128,6 +1135,46 @@ def test_joint_training_shows_every_task_as_often_as_its_stage(trained_model, sh
     assert shown == [4, 3]  # of det and cls beside 8 of seg
     assert [{t: len(x) for t, (x, _) in r.buffer.items()} for r in given[0]] == [{"det": 20},
                                                                                {"cls": 20}]
+
+
+def test_new_channels_change_no_output(trained_model, tiny_run):
+    images, _ = augmented(tiny_run, "seg")
+    before = trained_model.eval()(images)
+    trained_model.widen(32, ["seg"])
+    for key, output in trained_model(images).items():
+        torch.testing.assert_close(output, before[key], rtol=1e-4, atol=1e-4)
+
+
+def test_old_outputs_are_bit_identical_after_a_stage_with_own_channels(trained_model, tiny_run):
+    images, _ = augmented(tiny_run, "seg")
+    trained_model.widen(32, ["seg"])
+    before = trained_model.eval()(images)
+    train.train_stage(trained_model, "det", tiny_run, shared_lr=0.0)
+    trained_model.release()
+    after = trained_model.eval()(images)
+    assert torch.equal(before["seg"], after["seg"])
+    assert not torch.equal(before["det"], after["det"])
+
+
+def test_old_channels_and_rows_are_held_and_read_no_new_channel(trained_model, tiny_run):
+    before = copies(trained_model.state_dict().items())
+    trained_model.widen(32, ["seg"])
+    train.train_stage(trained_model, "det", tiny_run, shared_lr=0.0)
+    trained_model.release()
+    hidden, last = trained_model.head[0].weight, trained_model.head[2].weight
+    assert torch.equal(hidden[:128, :128], before["head.0.weight"])
+    assert torch.equal(last[SEG, :128], before["head.2.weight"][SEG])
+    assert not hidden[:128, 128:].any() and not last[SEG, 128:].any()
+    assert hidden[128:, :128].any() and last[DET, 128:].any()
+
+
+def test_a_widened_model_comes_back_whole(trained_model, tmp_path):
+    for learned in (["seg"], ["seg", "det"]):
+        trained_model.widen(32, learned)
+    trained_model.release()
+    save_model(tmp_path / "model.pt", trained_model, 64, {})
+    again, *_ = load_model(tmp_path / "model.pt")
+    assert all_equal(copies(trained_model.state_dict().items()), again.state_dict().items())
 
 
 def test_ewc_looks_before_freeze_acts(shapes):
@@ -1540,6 +1587,7 @@ WRONG_FLAGS = [
     ("--strategy prayer", "prayer: choose none, joint"),
     ("--strategy joint+ewc", "joint+ewc: choose none, joint"),
     ("--strategy ewc+ewc", "each once"),
+    ("--strategy isolation+ewc", "leave one of them out"),
     ("--ewc-lambda 1 2", "--ewc-lambda: give one value, or three"),
     ("--lwf-weight 1 -2 1", "-2: must be from 0"),
     ("--replay-weight -1", "-1: must be from 0"),
@@ -1605,21 +1653,18 @@ def test_with_photos_the_defaults_are_others(empty_cwd):
     assert parsed("--data shapes").data == train.SHAPES_DIR
 
 
-ALONE, TOGETHER = ([5, 1, 1], [5, 5, 10], [1, 1, 1]), ([1, 0.3, 2], [0.5, 5, 10], [1, 2, 1])
-SCRATCH = [1, 0.3, 2], [0.5, 5, 10], [1, 1, 1]
-
-
 @pytest.mark.parametrize("flags, expected", [
-    ("--weights imagenet --strategy none", ALONE), ("--weights imagenet --strategy lwf", ALONE),
-    ("--weights imagenet --strategy ewc", ALONE), ("--strategy ewc+lwf", SCRATCH),
-    ("--strategy replay", (*ALONE[:2], [1, 0.5, 0.3])),
-    ("--weights imagenet --strategy lwf+replay+ewc", TOGETHER),
-    ("--weights none --strategy ewc+lwf", SCRATCH),
-    ("--strategy ewc+lwf --lwf-weight 0 --ewc-lambda 0 --shared-lr 1 2 3",
-     ([0] * 3, [0] * 3, [1, 2, 3]))])
+    ("--weights imagenet --strategy lwf", dict(lwf_weight=[5, 1, 1], shared_lr=[1, 1, 1])),
+    ("--weights imagenet --strategy replay", dict(replay_teacher=[6, 6, 3], shared_lr=[1, 1, 1])),
+    ("--strategy replay", dict(replay_teacher=[0.7, 2, 1], shared_lr=[1, 1, 0.3])),
+    ("--weights imagenet --strategy lwf+ewc", dict(lwf_weight=[1, 0.3, 2], shared_lr=[1, 2, 1])),
+    ("--strategy ewc+lwf", dict(lwf_weight=[1, 0.3, 2], shared_lr=[1, 1, 1])),
+    ("--strategy isolation", dict(own_channels=[0, 128, 64], shared_lr=[1, 0, 0])),
+    ("--strategy ewc+lwf --lwf-weight 0 --shared-lr 3", dict(lwf_weight=[0] * 3, shared_lr=[3] * 3))
+])
 def test_strengths_follow_strategy_and_weights(flags, expected, empty_cwd):
     args = parsed(f"--data shapes {flags}")
-    assert (args.lwf_weight, args.ewc_lambda, args.shared_lr) == expected
+    assert {key: getattr(args, key) for key in expected} == expected
 
 
 def test_a_run_is_named_by_strategy_and_seed(empty_cwd, monkeypatch):
@@ -1658,7 +1703,8 @@ def test_same_seed_same_numbers(shapes, finished, tmp_path):
 
 @pytest.mark.parametrize("strategy, bn", [
     ("none", "live"), ("replay", "live"), ("ewc", "fixed"), ("lwf", "fixed"), ("lwf", "live"),
-    ("freeze", "live"), ("ewc+lwf", "fixed"), ("ewc+freeze+replay", "fixed"), ("joint", "fixed")])
+    ("freeze", "live"), ("ewc+lwf", "fixed"), ("ewc+freeze+replay", "fixed"), ("joint", "fixed"),
+    ("isolation", "fixed"), ("replay+lwf+isolation", "fixed")])
 def test_every_strategy_runs_and_shares_the_baselines(strategy, bn, shapes, finished, capsys):
     out = finished[0].parent / f"{strategy}-{bn}"
     results = train.main(tiny_flags(shapes, out, "--strategy", strategy, "--bn", bn))
@@ -1668,7 +1714,7 @@ def test_every_strategy_runs_and_shares_the_baselines(strategy, bn, shapes, fini
     if strategy == "joint":
         assert penalised == [True]
     else:
-        remedied = strategy not in ("none", "freeze")
+        remedied = strategy not in ("none", "freeze", "isolation")
         assert penalised == [False, remedied, remedied]
     assert len(results["matrix"]) == len(penalised)
 
@@ -1746,7 +1792,8 @@ def test_a_finished_run_is_not_repeated(shapes, finished, monkeypatch, capsys):
 def test_a_finished_run_with_other_arguments_is_refused_by_name(shapes, finished, shapes_copy):
     before = file_contents(finished[0])
     flags = tiny_flags(shapes, finished[0], "--strategy", "none", "--batch-size", "5")
-    with pytest.raises(UserError, match="with another strategy, batch_size, shared_lr;"):
+    with pytest.raises(UserError, match="with another strategy, batch_size, replay_teacher, "
+                                        "shared_lr;"):
         train.main(flags)
     next((shapes_copy / "mini_voc_seg").glob("*/*.jpg")).unlink()
     with pytest.raises(UserError, match="with another data;"):

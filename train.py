@@ -22,6 +22,7 @@ import numpy as np
 import PIL
 import torch
 import torchvision
+from torch.nn.utils import parametrize
 
 from data import FOLDERS, TASKS, MiniSet, UserError, augment, take, write_shapes
 from forgetting import REMEDIES, STRENGTHS, Replay, build, default_strengths, strategy
@@ -105,14 +106,18 @@ def add_remedy_flags(group):
         "replay (default: both)")
     add("--replay-batch", type=numbers(1, kind=int), default=4, help="stored images per old task "
         "in a step (default: %(default)s)")
-    add("--replay-weight", type=numbers(0), default=1.0, help="weight of an old task's loss "
-        "(default: %(default)s)")
-    add("--lwf-weight", **three, type=numbers(0), help="weight of the distance to old "
-        "outputs: of seg in Stage 2, seg in Stage 3, det in Stage 3")
+    add("--replay-weight", **three, type=numbers(0), help="weight of an old task's loss on stored "
+        "images: of seg in Stage 2, seg in Stage 3, det in Stage 3")
+    add("--replay-teacher", **three, type=numbers(0), help="weight of the distance to old outputs "
+        "on stored images, in the same order")
+    add("--lwf-weight", **three, type=numbers(0), help="weight of the distance to old outputs on "
+        "new images, in the same order")
     add("--ewc-lambda", **three, type=numbers(0), help="mean stiffness of the springs, in "
         "the same order")
-    add("--shared-lr", **three, type=numbers(0), help="share of --lr for all but the output layer "
-        "in Stages 1 (always 1), 2 and 3")
+    add("--own-channels", **three, type=numbers(0, 512, int), help="channels that `isolation` adds "
+        "before Stages 1 (always 0), 2 and 3; a stage with 0 shares those of the stage before")
+    add("--shared-lr", **three, type=numbers(0), help="share of --lr in Stages 1 (always 1), 2 and "
+        "3 for all but the output layer, or for the backbone alone where a stage has own channels")
     add("--freeze", choices=["trunk", "neck"], default="trunk", help="what `freeze` holds after "
         "Stage 1: the backbone, or backbone and neck (default: %(default)s)")
 
@@ -169,17 +174,19 @@ def new_model(args):
 
 
 def make_optimizer(model, task, args, shared_lr=1.0):
-    """AdamW, whose groups carry their share of the learning rate. shared_lr: that of all but the
-    output layer, whose rows belong to one task each.
+    """AdamW, whose groups carry their share of the learning rate. shared_lr: that of what old tasks
+    use too: all but the output layer, whose rows belong to one task each, or, where a task has
+    channels of its own and the others are held, the backbone alone.
 
     Weight decay leaves out biases, BatchNorm and the output layer: there it would move the rows of
     tasks that get no gradient, and these must stay bit-identical through a stage of another task.
     """
     groups = {}  # {(share, decay): parameters}
+    own_channels = parametrize.is_parametrized(model.head[0])
     for name, parameter in model.named_parameters():
         output, backbone = name.startswith("head.2."), name.startswith("features.")
         decay = WEIGHT_DECAY if parameter.ndim > 1 and not output else 0.0
-        share = 1.0 if output else shared_lr
+        share = 1.0 if output or own_channels and not backbone else shared_lr
         if backbone:
             share *= args.trunk_lr[TASKS.index(task)]
         groups.setdefault((share, decay), []).append(parameter)
@@ -316,6 +323,7 @@ def run_sequence(run):
         else:
             shared_lr = args.shared_lr[stage] if stage else 1.0
             history += train_stage(model, task, run, remedies, shared_lr)
+        model.release()
         if args.bn == "fixed":
             model.fix_batchnorm()
         save_model(Path(args.out) / "model.pt", model, args.image_size, run.classes)
@@ -340,9 +348,10 @@ def run_joint(run):
     args, others = run.args, []
     for stage, task in list(enumerate(TASKS))[1:]:
         images = max(1, round(args.batch_size * args.epochs[stage] / args.epochs[0]))
-        settings = vars(args) | {"replay_batch": images, "replay_weight": 1.0}
-        others.append(Replay(argparse.Namespace(**settings)))
-        others[-1].buffer[task] = take(run.train[task].batch, slice(None), args.device)
+        replay = Replay(argparse.Namespace(**vars(args) | {"replay_batch": images}))
+        replay.weight["seg", task], replay.teaching["seg", task] = 1.0, 0.0
+        replay.buffer[task] = take(run.train[task].batch, slice(None), args.device)
+        others.append(replay)
     run.total -= args.epochs[1] + args.epochs[2]
     model = new_model(args)
     history = train_stage(model, "seg", run, others)

@@ -220,11 +220,12 @@ class Isolation(Remedy):
     """Parameter isolation (Rusu et al. 2016, arXiv:1606.04671; Mallya & Lazebnik 2018,
     arXiv:1711.05769): a new task gets channels of its own in neck and hidden layer.
 
-        y_old = f(x; θ_old)    y_new = f(x; θ_old, θ_own)    θ_old is held, θ_own learns
+        y_old = f(x; θ_shared, θ_old)    y_new = f(x; θ_shared, θ_new)    θ_old is held
 
-    New channels read old ones, old ones never new ones (see `OneHead.widen`), so that y_old cannot
-    move but for the backbone, which all tasks share and which `--shared-lr` slows or stops. It is
-    still one convolution after another, only wider.
+    Old and new channels do not read each other (see `model.widen`). Those papers let new ones read
+    the old; here that made every new task worse, as does starting from old weights. θ_shared is the
+    backbone: `--shared-lr` slows or stops it, and other remedies may hold it. It is still one
+    convolution after another, only wider.
     """
 
     def __init__(self, args):

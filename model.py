@@ -115,12 +115,12 @@ class OneHead(nn.Module):
     def widen(self, extra, learned):
         """Gives neck and hidden layer `extra` channels more, for the tasks to come.
 
-        A new channel reads all channels; old channels, and the output rows of the tasks `learned`,
-        read old ones only and are held. So old outputs stay bit-identical, whatever new channels
-        learn, as long as the backbone stands still.
+        New channels, and the output rows of tasks not in `learned`, read the backbone and new
+        channels; old channels and old rows read the backbone and old channels, and are held. So old
+        outputs stay bit-identical, whatever is learned, as long as the backbone stands still.
         """
         self.release()
-        old = range(self.arch["width"])
+        old = list(range(self.arch["width"]))
         for block in self.fpn.inner_blocks:
             widen(block[0], 0, extra, old)
         for layer in (*(block[0] for block in self.fpn.layer_blocks), self.head[0]):
@@ -143,33 +143,39 @@ class OneHead(nn.Module):
 
 
 class Held(nn.Module):
-    """A parametrization: some rows of a weight or bias keep their value, whatever is learned. A
-    gradient of 0 would not do: AdamW's decay moves weights without any."""
+    """A parametrization: where `held` is True, a weight or bias keeps its value, whatever is
+    learned. A gradient of 0 would not do: AdamW's decay moves weights without any."""
 
-    def __init__(self, value, rows):
+    def __init__(self, value, held):
         super().__init__()
         self.register_buffer("value", value.detach().clone())
-        self.register_buffer("held", torch.zeros_like(value, dtype=torch.bool))
-        self.held[rows] = True
+        self.register_buffer("held", held)
 
     def forward(self, learned):
         return torch.where(self.held, self.value, learned)
 
 
-def widen(conv, inputs, outputs, held):
-    """Adds inputs and outputs to a convolution, in place. Its old outputs do not read the new
-    inputs (these weights are 0), and its rows `held` keep their values."""
+def widen(conv, inputs, outputs, old):
+    """Adds inputs and outputs to a convolution, in place, as two blocks that do not meet: the rows
+    `old` read old inputs and are held, all others start afresh on new inputs (or, where there are
+    none, on the backbone). Weights between the blocks are 0 and held."""
     out, into = conv.weight.shape[:2]
-    wider = nn.Conv2d(into + inputs, out + outputs, conv.kernel_size)
-    wider = wider.to(conv.weight.device, memory_format=torch.channels_last)
+    new = [row for row in range(out + outputs) if row not in old]
+    fresh = nn.Conv2d(inputs or into, len(new), conv.kernel_size)
+    weight = conv.weight.new_zeros(out + outputs, into + inputs, *conv.kernel_size)
+    bias = conv.bias.new_zeros(out + outputs)
+    held = {"weight": torch.ones_like(weight, dtype=torch.bool),
+            "bias": torch.zeros_like(bias, dtype=torch.bool)}
     with torch.no_grad():
-        wider.weight[:out] = 0
-        wider.weight[:out, :into] = conv.weight
-        wider.bias[:out] = conv.bias
-    conv.in_channels, conv.out_channels = into + inputs, out + outputs
-    for name, value in wider.named_parameters():
-        setattr(conv, name, value)
-        parametrize.register_parametrization(conv, name, Held(value, list(held)))
+        weight[old, :into] = conv.weight[old]
+        weight[new, -fresh.in_channels:] = fresh.weight.to(weight.device)
+        bias[:out] = conv.bias
+    held["weight"][new, -fresh.in_channels:] = False
+    held["bias"][old] = True
+    conv.out_channels, conv.in_channels = weight.shape[:2]
+    for name, value in (("weight", weight), ("bias", bias)):
+        setattr(conv, name, nn.Parameter(value))
+        parametrize.register_parametrization(conv, name, Held(value, held[name]))
 
 
 @cache

@@ -2,13 +2,14 @@
 
     python .assets/try_ideas.py det --data data --dev DIR --seed 0 1 2 --idea "" "epochs=40 focal=2"
 
-An idea is a line of NAME=VALUE: the flags image_size, epochs, lr, trunk_lr and batch_size; of the
-network width and levels (those that segmentation reads); of the augmentation zoom=LOW,HIGH,
-aspect, colour and paste (the share of photos that get another one's objects); of the losses lovasz,
-objects (weight of what is not background), smoothing, mixup, focal, quality and radius; test_size;
-and average, the decay of a moving average of the weights. "" is the recipe as it stands. Every
-result is a line of --log; the means over the seeds are printed. --val measures on the data's own
-val split too: with the idea "" that is the table of the baselines.
+An idea is a line of NAME=VALUE: the flags image_size, epochs, lr, trunk_lr and batch_size, and
+weight_decay; of the network width, levels (those that segmentation reads) and scene=0; of the
+augmentation zoom=LOW,HIGH, aspect, colour, erase (the share of images with a hole) and paste (that
+of photos that get another one's objects); of the losses lovasz, balance (classes weigh by their
+frequency to minus this), objects (weight of what is not background), smoothing, mixup, focal,
+quality and radius; test_size; and average, the decay of a moving average of the weights. "" is the
+recipe as it stands. Every result is a line of --log; the means over the seeds are printed. --val
+measures on the data's own val split too: with the idea "" that is the table of the baselines.
 """
 import argparse
 import json
@@ -34,16 +35,20 @@ ARGUMENTS = "image_size epochs lr trunk_lr batch_size".split()
 
 # -- Ideas for the network
 class OtherLevels(model.OneHead):
-    """Segmentation from the sum of the `count` finest levels."""
+    """Segmentation from the sum of the `count` finest levels, with or without the scene."""
 
-    count = 1
+    count, scene = 3, True
 
     def forward(self, images, tasks=TASKS):
         if "seg" not in tasks:
             return super().forward(images, tasks)
-        maps = list(self.fpn(dict(enumerate(self.backbone(images)))).values())[:self.count]
-        maps = [self.head(level)[:, model.SEG] for level in maps]
-        return {"seg": sum(F.interpolate(m, maps[0].shape[2:], mode="bilinear") for m in maps)}
+        levels = list(self.fpn(dict(enumerate(self.backbone(images)))).values())
+        maps = [self.head(level)[:, model.SEG] for level in levels[:self.count]]
+        total = sum(F.interpolate(m, maps[0].shape[2:], mode="bilinear") for m in maps)
+        if self.scene:
+            mean = levels[-1].mean((2, 3), keepdim=True).expand(-1, -1, 3, 3)
+            total = total + self.head(mean)[:, model.SEG, 1:2, 1:2]
+        return {"seg": total}
 
 
 # -- Ideas for the images
@@ -55,6 +60,20 @@ def paste_objects(images, target, share, **settings):
     pasted = chosen & (other > 0) & (other != IGNORE)
     mask = torch.where(pasted, other, mask)[:, 0, 2::4, 2::4]  # (B, S/4, S/4)
     return torch.where(pasted, images.roll(1, 0), images), {"mask": mask}
+
+
+def erased(augment, share):
+    """A rectangle of some images is blanked (arXiv:1708.04896)."""
+    def blanked(images, target):
+        images, target = augment(images, target)
+        for image in images:
+            if torch.rand(()) < share:
+                low, high = images.shape[-1] // 7, images.shape[-1] * 2 // 5
+                height, width = torch.randint(low, high, (2,)).tolist()
+                top, left = (int(torch.rand(()) * (images.shape[-1] - n)) for n in (height, width))
+                image[:, top:top + height, left:left + width] = 0
+        return images, target
+    return blanked
 
 
 def mixed_up(augment, strength):
@@ -87,10 +106,12 @@ def lovasz(logits, mask):
     return total / max(1, len(classes))
 
 
-def weighted_seg_loss(logits, mask, objects):
-    """Cross-entropy in which all classes but the background weigh `objects` times as much."""
+def weighted_seg_loss(logits, mask, objects=1.0, balance=0.0):
+    """Cross-entropy in which all classes but the background weigh `objects` times as much, and all
+    by their frequency in the batch to the power -balance."""
     logits = F.interpolate(logits, mask.shape[1:], mode="bilinear")
-    weight = torch.tensor([1.0] + 20 * [objects])
+    pixels = torch.bincount(mask[mask != IGNORE], minlength=21) + 1
+    weight = torch.tensor([1.0] + 20 * [objects]) * (pixels.sum() / pixels) ** balance
     return F.cross_entropy(logits, mask, weight, ignore_index=IGNORE)
 
 
@@ -134,8 +155,10 @@ def prepare(task, idea, args):
             kind = int if name in ("image_size", "epochs", "batch_size") else float
             value = kind(idea.pop(name))
             setattr(args, name, value if name.endswith("size") else [value] * 3)
-    network = OtherLevels if "levels" in idea else model.OneHead
+    network = OtherLevels if {"levels", "scene"} & set(idea) else model.OneHead
     OtherLevels.count = int(idea.pop("levels", 3))
+    OtherLevels.scene = bool(int(idea.pop("scene", 1)))
+    train.WEIGHT_DECAY = float(idea.pop("weight_decay", train.WEIGHT_DECAY))
     train.OneHead = partial(network, width=int(idea.pop("width", 128)))
 
     settings = {name: float(idea.pop(name)) for name in ("aspect", "colour") if name in idea}
@@ -145,14 +168,17 @@ def prepare(task, idea, args):
     if "paste" in idea:
         share = float(idea.pop("paste"))
         train.augment = partial(paste_objects, share=share, **settings)
+    if "erase" in idea:
+        train.augment = erased(train.augment, float(idea.pop("erase")))
     losses.SMOOTHING = float(idea.pop("smoothing", losses.SMOOTHING))
     if "mixup" in idea:
         train.augment, train.task_loss = mixed_up(train.augment, float(idea.pop("mixup")))
     if "lovasz" in idea:
         weight, plain = float(idea.pop("lovasz")), losses.seg_loss
         losses.seg_loss = lambda *pair: plain(*pair) + weight * lovasz(*pair)
-    if "objects" in idea:
-        losses.seg_loss = partial(weighted_seg_loss, objects=float(idea.pop("objects")))
+    of_seg = {name: float(idea.pop(name)) for name in ("objects", "balance") if name in idea}
+    if of_seg:
+        losses.seg_loss = partial(weighted_seg_loss, **of_seg)
     of_det = {name: float(idea.pop(name)) for name in ("focal", "quality", "radius")
               if name in idea}
     if of_det:

@@ -42,11 +42,12 @@ STRENGTHS = {
     "ewc+lwf": dict(lwf_weight=[1, 0.3, 2], ewc_lambda=[0.5, 5, 10], shared_lr=[1, 2, 1]),
     "ewc+lwf from scratch": dict(shared_lr=[1, 1, 1]),  # twice that rate diverged
     "replay+lwf": dict(replay_teacher=[2, 2, 1], lwf_weight=[1, 2, 2]),
-    # Alone, nothing corrects the backbone's drift; so it stands still
+    # Alone, nothing corrects the backbone's drift: it stands still
     "isolation": dict(shared_lr=[1, 0, 0]),
-    # What is shared is the backbone: in Stage 2 it may follow detection, in Stage 3 only a little
+    # Only the backbone is shared, held by replay (in Stage 2) and LwF: so it may follow detection
     "replay+lwf+isolation": dict(replay_weight=[1, 0, 0], replay_teacher=[2, 0, 0],
-                                 lwf_weight=[1, 1, 1], shared_lr=[1, 2.5, 1]),
+                                 lwf_weight=[1, 1, 1], own_channels=[0, 64, 64],
+                                 shared_lr=[1, 2, 1]),
     "replay+lwf+isolation from scratch": dict(shared_lr=[1, 1, 1])}
 
 

@@ -24,6 +24,7 @@ NAMES = {"seg": "mIoU", "det": "mAP@50", "cls": "Top-1"}
 LEARNED = {"seg": 0.05, "det": 0.01, "cls": 0.20}  # a score below this is chance
 MAX_DROP, MAX_PARAMS, MAX_LATENCY_MS, MAX_SECONDS = 0.05, 8_000_000, 150, 7200
 PLACES = ("data", "device", "out", "seed")  # arguments that do not name a row of the comparison
+RECIPE = ("weights", "image_size", "epochs", "lr", "trunk_lr", "batch_size")  # of the baselines
 
 
 # -- The metrics
@@ -228,21 +229,29 @@ def mean_and_spread(values, style):
 
 
 def compare(folders):
-    """Runs -> a Markdown table: a row for each setting (and data), with mean ± std over its seeds:
-    how many seeds pass, and of each task the final score and its drop from the baseline."""
+    """Runs -> a Markdown table: a row for the baselines of each data set and one for each setting,
+    with mean ± std over seeds: how many seeds pass, and of each task the final score and its drop
+    from the baseline."""
     rows = {}  # {(name, data): {seed: results}}; of two alike with one seed the last counts
+    alone = {}  # the same of the baselines
     for folder in folders:
         try:
             results = load_run(folder)
         except UserError as e:
             print(f"skipped {e}", file=sys.stderr)
             continue
-        key = results["name"], json.dumps(results["data"]["sha256"])
-        rows.setdefault(key, {})[results["args"]["seed"]] = results
+        seed, sha256 = results["args"]["seed"], json.dumps(results["data"]["sha256"])
+        recipe = {key: results["defaults"][key] for key in RECIPE}
+        name = row_name(results["args"] | {"strategy": "each task alone"}, recipe)
+        rows.setdefault((results["name"], sha256), {})[seed] = results
+        alone.setdefault((name, sha256), {})[seed] = results["baseline"]
     if not rows:
         raise UserError("No finished run among the folders; pass some, as in runs/*.")
     names = [NAMES[t] for t in TASKS]
     lines = [["run", "passed", *names, *(f"{name} drop" for name in names)], ["---"] * 8]
+    for (name, _), seeds in alone.items():
+        scores = [mean_and_spread([b[t] for b in seeds.values()], ".3f") for t in TASKS]
+        lines.append([name, f"{len(seeds)} seeds", *scores, "", "", ""])
     for (name, _), runs in rows.items():
         runs = list(runs.values())
         line = [name, f"{sum(r['verdict']['all'] for r in runs)} of {len(runs)}"]

@@ -1878,9 +1878,21 @@ def write_run(folder, results, **args):
     return folder
 
 
-def rows_of(table):
-    """The cells of a Markdown table below its header."""
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+def rows_of(table, alone=False):
+    """The cells of a Markdown table below its header: the rows of the baselines, or all others."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    return [row for row in rows if row[0].startswith("each task alone") == alone]
+
+
+def test_the_comparison_starts_with_the_baselines(two_seeds, tmp_path):
+    out, results = two_seeds
+    small = write_run(tmp_path / "small", results[0], batch_size=3)
+    rows = rows_of(metrics.compare([small, f"{out}-seed0", f"{out}-seed1"]), alone=True)
+    names = [row[0].partition(" --batch-size ")[2][:1] for row in rows]
+    assert (names, [row[1] for row in rows]) == (["3", str(results[0]["args"]["batch_size"])],
+                                                ["1 seeds", "2 seeds"])
+    values = [r["baseline"]["cls"] for r in results]
+    assert rows[1][4] == f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}"
 
 
 def test_a_row_of_the_comparison_has_mean_and_spread_of_its_seeds(finished, two_seeds):

@@ -223,10 +223,9 @@ class Isolation(Remedy):
 
         y_old = f(x; θ_shared, θ_old)    y_new = f(x; θ_shared, θ_new)    θ_old is held
 
-    Old and new channels do not read each other (see `model.widen`). Those papers let new ones read
-    the old; here that made every new task worse, as does starting from old weights. θ_shared is the
-    backbone: `--shared-lr` slows or stops it, and other remedies may hold it. It is still one
-    convolution after another, only wider.
+    Old and new channels do not read each other (see `model.widen`): those papers let new ones read
+    the old, which gained nothing here. θ_shared is the backbone: `--shared-lr` slows or stops it,
+    and other remedies may hold it. It is still one convolution after another, only wider.
     """
 
     def __init__(self, args):

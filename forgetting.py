@@ -14,9 +14,10 @@ To add a remedy, write a class with those methods of `Remedy` that it needs:
     wants(task)                        the old tasks whose outputs on the new images you compare
     penalty(task, model, images, out)  a scalar, added to the loss in every step of `task`; `out`
                                        holds the outputs of `task` and of all that was wanted
-then enter it in REMEDIES, and its flags, if any, in `train.add_remedy_flags`. Autograd does the
-rest. MAS (arXiv:1711.09601), for instance, is EWC with another `importance`: the mean absolute
-gradient of the squared norm of the outputs (of detection: all but the boxes, which are pixels).
+then enter it in REMEDIES, before isolation, and its flags, if any, in `train.add_remedy_flags`,
+those with three values also in the first row of STRENGTHS. Autograd does the rest. MAS
+(arXiv:1711.09601), for instance, is EWC with another `importance`: the mean absolute gradient of
+the squared norm of the outputs (of detection: all but the boxes, which are pixels).
 """
 import argparse
 import random
@@ -31,8 +32,9 @@ from losses import distil_det, distil_seg, task_loss
 
 PAIRS = (("det", "seg"), ("cls", "seg"), ("cls", "det"))  # a stage's new task and an old task in it
 DISTANCES = {"seg": distil_seg, "det": distil_det}
-# Default strengths: a value for each of PAIRS, or for each stage (shared_lr, own_channels). A row
-# holds what differs from the rows above it that apply too: "otherwise", and that of its strategy.
+# Default strengths: a value for each of PAIRS, or, for shared_lr and own_channels, for each stage.
+# All rows apply whose remedies are in the strategy ("from scratch": with --weights none), and where
+# they differ the last one counts. Strategies that no row names have not been tuned.
 STRENGTHS = {
     "otherwise": dict(replay_weight=[1, 1, 1], replay_teacher=[6, 6, 3], lwf_weight=[5, 1, 1],
                       ewc_lambda=[5, 5, 10], own_channels=[0, 128, 64], shared_lr=[1, 1, 1]),
@@ -225,7 +227,8 @@ class Isolation(Remedy):
 
     Old and new channels do not read each other (see `model.widen`): those papers let new ones read
     the old, which gained nothing here. θ_shared is the backbone: `--shared-lr` slows or stops it,
-    and other remedies may hold it. It is still one convolution after another, only wider.
+    and other remedies may hold it (under `--bn live` its statistics move, and old outputs too). It
+    is still one convolution after another, only wider.
     """
 
     def __init__(self, args):
@@ -235,7 +238,7 @@ class Isolation(Remedy):
     def remember(self, task, model, samples):
         self.learned.append(task)
         extra = self.args.own_channels[len(self.learned)]
-        torch.manual_seed(self.args.seed)  # cached or trained, what ran before leaves no trace
+        torch.manual_seed(self.args.seed)  # what ran before leaves no trace
         if extra:
             model.widen(extra, self.learned)
 
@@ -264,5 +267,9 @@ def build(args):
 
 def default_strengths(strategy, weights):
     """The flags of STRENGTHS for a strategy and the initial weights (the value of --weights)."""
-    rows = ["otherwise", strategy] + [f"{strategy} from scratch"] * (weights == "none")
-    return {flag: value for row in rows for flag, value in STRENGTHS.get(row, {}).items()}
+    flags, there = {}, {"otherwise", *strategy.split("+")}
+    for row, values in STRENGTHS.items():
+        names = row.removesuffix(" from scratch")
+        if there.issuperset(names.split("+")) and (names == row or weights == "none"):
+            flags |= values
+    return flags

@@ -251,7 +251,7 @@ def compare(folders):
     lines = [["run", "passed", *names, *(f"{name} drop" for name in names)], ["---"] * 8]
     for (name, _), seeds in alone.items():
         scores = [mean_and_spread([b[t] for b in seeds.values()], ".3f") for t in TASKS]
-        lines.append([name, f"{len(seeds)} seeds", *scores, "", "", ""])
+        lines.append([name, f"seeds: {len(seeds)}", *scores, "", "", ""])
     for (name, _), runs in rows.items():
         runs = list(runs.values())
         line = [name, f"{sum(r['verdict']['all'] for r in runs)} of {len(runs)}"]

@@ -83,7 +83,7 @@ class OneHead(nn.Module):
         if "seg" in tasks:
             finest = maps[0].shape[2:]  # (H/8, W/8)
             scene = levels[-1].mean((2, 3), keepdim=True)  # (B, 128, 1, 1)
-            scene = self.head(scene.expand(-1, -1, 3, 3))[..., 1:2, 1:2]  # a cell without borders
+            scene = self.head(scene.expand(-1, -1, 3, 3))[..., 1:2, 1:2]  # its neighbours: itself
             out["seg"] = scene[:, SEG] + sum(F.interpolate(m[:, SEG], finest, mode="bilinear")
                                              for m in maps)
         if "det" in tasks:
@@ -116,16 +116,17 @@ class OneHead(nn.Module):
         """Gives neck and hidden layer `extra` channels more, for the tasks to come.
 
         New channels, and the output rows of tasks not in `learned`, read the backbone and new
-        channels; old channels and old rows read the backbone and old channels, and are held. So old
-        outputs stay bit-identical, whatever is learned, as long as the backbone stands still.
+        channels; old channels and old rows read the backbone and old channels, and are held. From
+        then on old outputs stay bit-identical, whatever is learned, as long as the backbone stands
+        still.
         """
-        self.release()
         old = list(range(self.arch["width"]))
         for block in self.fpn.inner_blocks:
-            widen(block[0], 0, extra, old)
+            add_channels(block[0], 0, extra, old)
         for layer in (*(block[0] for block in self.fpn.layer_blocks), self.head[0]):
-            widen(layer, extra, extra, old)
-        widen(self.head[2], extra, 0, [row for task in learned for row in range(46)[ROWS[task]]])
+            add_channels(layer, extra, extra, old)
+        rows = [row for task in learned for row in range(46)[ROWS[task]]]
+        add_channels(self.head[2], extra, 0, rows)
         self.arch["width"] += extra
 
     def release(self):
@@ -155,27 +156,28 @@ class Held(nn.Module):
         return torch.where(self.held, self.value, learned)
 
 
-def widen(conv, inputs, outputs, old):
+def add_channels(conv, inputs, outputs, old):
     """Adds inputs and outputs to a convolution, in place, as two blocks that do not meet: the rows
-    `old` read old inputs and are held, all others start afresh on new inputs (or, where there are
-    none, on the backbone). Weights between the blocks are 0 and held."""
+    `old` read old inputs and are held, all others start afresh (as PyTorch starts a convolution) on
+    new inputs or, where there are none, on the backbone. Weights between the blocks stay 0."""
     out, into = conv.weight.shape[:2]
     new = [row for row in range(out + outputs) if row not in old]
     fresh = nn.Conv2d(inputs or into, len(new), conv.kernel_size)
     weight = conv.weight.new_zeros(out + outputs, into + inputs, *conv.kernel_size)
+    weight = weight.to(memory_format=torch.channels_last)
     bias = conv.bias.new_zeros(out + outputs)
-    held = {"weight": torch.ones_like(weight, dtype=torch.bool),
-            "bias": torch.zeros_like(bias, dtype=torch.bool)}
     with torch.no_grad():
         weight[old, :into] = conv.weight[old]
         weight[new, -fresh.in_channels:] = fresh.weight.to(weight.device)
         bias[:out] = conv.bias
-    held["weight"][new, -fresh.in_channels:] = False
-    held["bias"][old] = True
+    hold_weight = torch.ones_like(weight, dtype=torch.bool)
+    hold_weight[new, -fresh.in_channels:] = False
+    hold_bias = torch.ones_like(bias, dtype=torch.bool)
+    hold_bias[new] = False
     conv.out_channels, conv.in_channels = weight.shape[:2]
-    for name, value in (("weight", weight), ("bias", bias)):
+    for name, value, held in (("weight", weight, hold_weight), ("bias", bias, hold_bias)):
         setattr(conv, name, nn.Parameter(value))
-        parametrize.register_parametrization(conv, name, Held(value, held[name]))
+        parametrize.register_parametrization(conv, name, Held(value, held))
 
 
 @cache

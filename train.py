@@ -61,7 +61,7 @@ class OneOrThree(argparse.Action):
 
 
 def make_parser():
-    tables = [f"  {row:21}" + ", ".join(f"{flag} {value}" for flag, value in values.items())
+    tables = [f"  {row:34}" + ", ".join(f"{flag} {value}" for flag, value in values.items())
               for row, values in (RECIPES | STRENGTHS).items()]
     parser = argparse.ArgumentParser(
         description=__doc__, epilog="\n".join(["other defaults, by data and strategy:", *tables]),
@@ -338,7 +338,7 @@ def run_sequence(run):
 
 
 def run_joint(run):
-    """The upper target, multitask learning (Caruana 1997) -> (model, history).
+    """Multitask learning (Caruana 1997), often the upper target -> (model, history).
 
         L = L_seg + L_det + L_cls
 
@@ -410,8 +410,10 @@ def benchmark(args):
     for stage, task in enumerate(TASKS):
         model, remedies = new_model(this.args), build(this.args)
         for old, remedy in product(TASKS[:stage], remedies):
+            model.release()
             remedy.remember(old, model, this.train[old])
         speed[task] = train_stage(model, task, this, remedies)[-1]["images_per_s"]
+        model.release()
     p50, p95 = np.percentile(latency(model, args.device), (50, 95))
     if "cuda" in args.device:
         memory = torch.cuda.max_memory_allocated() / 2**30

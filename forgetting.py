@@ -39,7 +39,7 @@ STRENGTHS = {
     "otherwise": dict(replay_weight=[1, 1, 1], replay_teacher=[6, 6, 3], lwf_weight=[5, 1, 1],
                       ewc_lambda=[5, 5, 10], own_channels=[0, 128, 64], shared_lr=[1, 1, 1]),
     # Shapes are learned from scratch, and ten of them show enough for labels to teach
-    "replay from scratch": dict(replay_teacher=[0.7, 2, 1], shared_lr=[1, 1, 0.3]),
+    "replay from scratch": dict(replay_teacher=[0.7, 4, 2], shared_lr=[1, 1, 0.2]),
     # Drift is corrected twice: softer springs, and shared layers that learn faster
     "ewc+lwf": dict(lwf_weight=[1, 0.3, 2], ewc_lambda=[0.5, 5, 10], shared_lr=[1, 2, 1]),
     "ewc+lwf from scratch": dict(shared_lr=[1, 1, 1]),  # twice that rate diverged

@@ -1664,7 +1664,7 @@ def test_with_photos_the_defaults_are_others(empty_cwd):
 @pytest.mark.parametrize("flags, expected", [
     ("--weights imagenet --strategy lwf", dict(lwf_weight=[5, 1, 1], shared_lr=[1, 1, 1])),
     ("--weights imagenet --strategy replay", dict(replay_teacher=[6, 6, 3], shared_lr=[1, 1, 1])),
-    ("--strategy replay", dict(replay_teacher=[0.7, 2, 1], shared_lr=[1, 1, 0.3])),
+    ("--strategy replay", dict(replay_teacher=[0.7, 4, 2], shared_lr=[1, 1, 0.2])),
     ("--weights imagenet --strategy lwf+ewc", dict(lwf_weight=[1, 0.3, 2], shared_lr=[1, 2, 1])),
     ("--strategy ewc+lwf", dict(lwf_weight=[1, 0.3, 2], shared_lr=[1, 1, 1])),
     ("--strategy isolation+lwf", dict(own_channels=[0, 128, 64], shared_lr=[1, 0, 0])),

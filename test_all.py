@@ -7,6 +7,8 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 import tarfile
 import zipfile
 from copy import deepcopy
@@ -1128,7 +1130,7 @@ def test_joint_training_shows_every_task_as_often_as_its_stage(trained_model, sh
     run = train.Run(tiny_args(shapes, "--batch-size", "8", "--epochs", "40", "20", "15"))
     run.args.out = tmp_path
     given, shown = [], []
-    monkeypatch.setattr(train, "train_stage", lambda model, task, run, others: given.append(others))
+    monkeypatch.setattr(train, "train_stage", lambda *stage, file: given.append(stage[3]))
     train.run_joint(run)
     real = forgetting.augment
     monkeypatch.setattr(forgetting, "augment", lambda x, y: shown.append(len(x)) or real(x, y))
@@ -1775,22 +1777,65 @@ def test_a_loss_that_is_not_finite_ends_in_one_sentence(shapes, tmp_path):
         train.main(tiny_flags(shapes, tmp_path / "out", "--lr", "1e30"))
 
 
-def test_an_interrupted_run_can_be_started_again(shapes, tmp_path, monkeypatch, capsys):
-    real = train.train_stage
+# -- Interrupted runs
 
-    def interrupted(model, task, run, remedies=(), shared_lr=1.0):
-        if remedies:
+def assert_same_run(out, other):
+    """Two finished folders hold the same figures and bit-identical weights."""
+    results, others = (metrics.load_run(folder) for folder in (out, other))
+    assert (results["baseline"], results["matrix"]) == (others["baseline"], others["matrix"])
+    model, *_ = load_model(out / "model.pt")
+    again, *_ = load_model(other / "model.pt")
+    assert all_equal(copies(model.state_dict().items()), again.state_dict().items())
+
+
+@pytest.mark.parametrize("strategy", ["ewc+lwf", "replay+lwf+isolation"])
+def test_a_run_interrupted_again_and_again_ends_bit_identical(strategy, shapes, tmp_path,
+                                                              monkeypatch):
+    flags = ["--strategy", strategy, "--epochs", "2"]
+    train.main(tiny_flags(shapes, tmp_path / "whole/run", *flags))
+    real, steps_left = train.train_step, []
+
+    def interrupted(*given):
+        if steps_left and steps_left.pop() == 0:
             raise KeyboardInterrupt
-        return real(model, task, run, remedies, shared_lr)
-    monkeypatch.setattr(train, "train_stage", interrupted)
+        return real(*given)
+    monkeypatch.setattr(train, "train_step", interrupted)
+    rng, interruptions, done = random.Random(0), 0, False
+    while not done:
+        steps_left[:] = range(rng.randint(9, 16))  # an epoch has five
+        try:
+            train.main(tiny_flags(shapes, tmp_path / "cut/run", *flags))
+            done = True
+        except UserError as e:
+            assert "goes on where it stopped" in str(e)
+            interruptions += 1
+    assert interruptions >= 3
+    assert_same_run(tmp_path / "cut/run", tmp_path / "whole/run")
+    left = {path.name for path in (tmp_path / "cut/run").iterdir()}
+    assert left == {"args.json", "results.json", "model.pt"}
+
+
+def test_a_killed_process_loses_nothing(shapes, finished, tmp_path):
+    flags, epochs_left = tiny_flags(shapes, tmp_path / "run"), 4
+    command = [sys.executable, train.__file__, *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8") as process:
+        for line in process.stdout:
+            epochs_left -= " epoch " in line
+            if epochs_left == 0:
+                process.kill()
+    train.main(flags)
+    assert_same_run(tmp_path / "run", finished[0])
+
+
+def test_an_unfinished_run_with_other_arguments_is_refused_by_name(shapes, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "train_alone", lambda *given: exec("raise KeyboardInterrupt"))
     with pytest.raises(UserError, match="Interrupted"):
         train.main(tiny_flags(shapes, tmp_path / "run"))
-    assert len(list((tmp_path / ".baselines").glob("*.pt"))) == 3
-    load_model(tmp_path / "run/model.pt")  # of Stage 1
-    monkeypatch.undo()
-    capsys.readouterr()
-    assert len(train.main(tiny_flags(shapes, tmp_path / "run"))["matrix"]) == 3
-    assert "Baseline: " not in capsys.readouterr().out
+    with pytest.raises(UserError, match="a run with another lr;"):
+        train.main(tiny_flags(shapes, tmp_path / "run", "--lr", "1e-4"))
+    (tmp_path / "run/args.json").write_text("{")
+    with pytest.raises(UserError, match="args.json: not readable"):
+        train.main(tiny_flags(shapes, tmp_path / "run"))
 
 
 # -- Finished runs and cached baselines
@@ -1805,7 +1850,7 @@ def test_a_finished_run_is_not_repeated(shapes, finished, monkeypatch, capsys):
 def test_a_finished_run_with_other_arguments_is_refused_by_name(shapes, finished, shapes_copy):
     before = file_contents(finished[0])
     flags = tiny_flags(shapes, finished[0], "--strategy", "none", "--batch-size", "5")
-    with pytest.raises(UserError, match="with another strategy, batch_size, replay_teacher, "
+    with pytest.raises(UserError, match="a run with another strategy, batch_size, replay_teacher, "
                                         "shared_lr;"):
         train.main(flags)
     next((shapes_copy / "mini_voc_seg").glob("*/*.jpg")).unlink()

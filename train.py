@@ -214,44 +214,75 @@ def train_step(model, task, batch, remedies, optimizer, scaler):
     return loss.item(), penalty.item()
 
 
-def train_stage(model, task, run, remedies=(), shared_lr=1.0):
+def train_epoch(model, task, run, remedies, optimizer, scaler, epoch):
+    """Shows every training image once -> (mean loss, mean penalty, last learning rate). Raises
+    UserError, naming the images, if the loss is not finite."""
+    args, stage, samples, sums = run.args, TASKS.index(task), run.train[task], np.zeros(2)
+    stored = take(samples.batch, slice(None), args.device)
+    batches = torch.randperm(len(samples), device=args.device).split(args.batch_size)
+    model.train()
+    for step, indices in enumerate(batches, (epoch - 1) * len(batches) + 1):
+        lr = learning_rate(step, args.epochs[stage] * len(batches), args.lr[stage])
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["share"]
+        batch = augment(*take(stored, indices))
+        sums += train_step(model, task, batch, remedies, optimizer, scaler)
+        if not np.isfinite(sums).all():
+            names = ", ".join(str(samples.paths[i]) for i in indices.tolist())
+            raise UserError(f"{task}, epoch {epoch}: the loss is not finite on the images {names}; "
+                            f"lower --lr (now {args.lr[stage]}) or look at them.")
+    return *(sums / len(batches)).tolist(), lr
+
+
+def train_stage(model, task, run, remedies=(), shared_lr=1.0, file=None):
     """Trains `model` on one task, in place -> the stage's history, a dict for each epoch.
 
     Optimizer and schedule are fresh and randomness is seeded anew, so that what ran before leaves
-    no trace. Raises UserError, naming the images, if the loss is not finite.
+    no trace. `file` keeps the state after each epoch: with it, the stage goes on where it stopped.
     """
-    args, stage, samples = run.args, TASKS.index(task), run.train[task]
+    args, stage = run.args, TASKS.index(task)
     torch.manual_seed(1000 * args.seed + stage + 1)
     optimizer = make_optimizer(model, task, args, shared_lr)
     scaler = torch.amp.GradScaler("cuda", enabled="cuda" in args.device)  # for half precision
-    stored = take(samples.batch, slice(None), args.device)
-    epochs, steps = args.epochs[stage], math.ceil(len(samples) / args.batch_size)
-    step, history = 0, []
-    for epoch in range(1, epochs + 1):
-        start, sums = time.perf_counter(), np.zeros(2)
-        model.train()
-        for indices in torch.randperm(len(samples), device=args.device).split(args.batch_size):
-            step += 1
-            lr = learning_rate(step, epochs * steps, args.lr[stage])
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["share"]
-            batch = augment(*take(stored, indices))
-            sums += train_step(model, task, batch, remedies, optimizer, scaler)
-            if not np.isfinite(sums).all():
-                names = ", ".join(str(samples.paths[i]) for i in indices.tolist())
-                raise UserError(f"{task}, epoch {epoch}: the loss is not finite on the images "
-                                f"{names}; lower --lr (now {args.lr[stage]}) or look at them.")
-        loss, penalty = (sums / steps).tolist()
-        speed = len(samples) / (time.perf_counter() - start)
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    history = restore(file, parts) if file else []
+    run.total -= len(history)
+    for epoch in range(len(history) + 1, args.epochs[stage] + 1):
+        start = time.perf_counter()
+        loss, penalty, lr = train_epoch(model, task, run, remedies, optimizer, scaler, epoch)
+        speed = len(run.train[task]) / (time.perf_counter() - start)
         row = {"stage": stage + 1, "task": task, "epoch": epoch, "loss": loss, "penalty": penalty,
                "lr": lr, "images_per_s": speed}
-        if epoch == epochs or args.eval_every and epoch % args.eval_every == 0:
+        if epoch == args.epochs[stage] or args.eval_every and epoch % args.eval_every == 0:
             row |= evaluate(model, run.val, args.device)
         row["seconds"] = time.perf_counter() - start
         history.append(row)
-        print(f"{task} epoch {epoch:3}/{epochs}  loss {loss:.4f}  penalty {penalty:.4f}  "
-              f"lr {lr:.1e}  {speed:.0f} images/s  {run.time_left()} left", flush=True)
+        if file:
+            keep(file, parts, history)
+        print(f"{task} epoch {epoch:3}/{args.epochs[stage]}  loss {loss:.4f}  "
+              f"penalty {penalty:.4f}  lr {lr:.1e}  {speed:.0f} images/s  {run.time_left()} left",
+              flush=True)
     return history
+
+
+def keep(file, parts, history):
+    """Writes all that the rest of a stage depends on: parts {name: what has a state_dict}."""
+    states = {name: part.state_dict() for name, part in parts.items()}
+    random = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+    write_checkpoint(file, states | {"random": random, "history": history})
+
+
+def restore(file, parts):
+    """Puts everything back as `keep` found it -> the history; [] if there is no readable file."""
+    try:
+        saved = read_checkpoint(file)
+    except UserError:
+        return []
+    for name, part in parts.items():
+        part.load_state_dict(saved[name])
+    torch.set_rng_state(saved["random"]["cpu"])
+    torch.cuda.set_rng_state_all(saved["random"]["cuda"])
+    return saved["history"]
 
 
 # -- The experiment
@@ -278,10 +309,10 @@ class Run:
         return f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
 
 
-def code_digest():
+def code_digest(*more):
     """A hash of the code that trains and measures, as parsed: comments do not change it."""
     files = (Path(__file__).with_name(f"{name}.py")
-             for name in ("train", "model", "data", "losses", "metrics"))
+             for name in ("train", "model", "data", "losses", "metrics", *more))
     parsed = [ast.dump(ast.parse(file.read_text(encoding="utf-8"))) for file in files]
     return hashlib.sha256("".join(parsed).encode()).hexdigest()
 
@@ -301,10 +332,12 @@ def train_alone(task, run):
         record = read_checkpoint(file)
         run.total -= args.epochs[stage]
     except UserError:
-        model = new_model(args)
+        model, unfinished = new_model(args), file.with_name(f"{file.stem}-unfinished.pt")
         print(f"Baseline: {task} alone", flush=True)
-        record = {"history": train_stage(model, task, run), "model": model.state_dict()}
+        record = {"history": train_stage(model, task, run, file=unfinished),
+                  "model": model.state_dict()}
         write_checkpoint(file, record)
+        unfinished.unlink(missing_ok=True)
     return record
 
 
@@ -322,7 +355,8 @@ def run_sequence(run):
             history += alone["history"]
         else:
             shared_lr = args.shared_lr[stage] if stage else 1.0
-            history += train_stage(model, task, run, remedies, shared_lr)
+            file = Path(args.out) / f"stage{stage + 1}.pt"
+            history += train_stage(model, task, run, remedies, shared_lr, file)
         model.release()
         if args.bn == "fixed":
             model.fix_batchnorm()
@@ -354,7 +388,7 @@ def run_joint(run):
         others.append(replay)
     run.total -= args.epochs[1] + args.epochs[2]
     model = new_model(args)
-    history = train_stage(model, "seg", run, others)
+    history = train_stage(model, "seg", run, others, file=Path(args.out) / "stage1.pt")
     save_model(Path(args.out) / "model.pt", model, args.image_size, run.classes)
     return model, history
 
@@ -379,23 +413,37 @@ def finish(run, baselines, model, history):
         "map_50_95": history[-1]["map_50_95"], "history": history}
     judge(results)
     write_json(Path(args.out) / "results.json", results)
+    for file in Path(args.out).glob("stage*.pt"):
+        file.unlink()
     print(f"\n{show(results)}\nresults.json and model.pt are in {args.out}")
     return results
 
 
+def refuse_other(args, then, now):
+    """Raises UserError if the folder's run had other arguments, data or code, naming which."""
+    other = ", ".join(key for key in now if key != "out" and then.get(key) != now[key])
+    if other:
+        raise UserError(f"--out {args.out}: holds a run with another {other}; name another folder, "
+                        "or delete that one.")
+
+
 def run(args):
-    """One run of one seed -> its results. A finished one is not repeated."""
-    this = Run(args)
+    """One run of one seed -> its results. A finished one is not repeated, an interrupted one goes
+    on where it stopped: finished stages are read from their files, all else is computed again."""
+    this, started = Run(args), Path(args.out) / "args.json"
+    now = vars(args) | {"data": this.data}
     if (Path(args.out) / "results.json").exists():
         finished = load_run(args.out)
-        then = finished["args"] | {"data": finished["data"]["sha256"]}
-        now = vars(args) | {"data": this.data}
-        other = ", ".join(key for key in now if key != "out" and then.get(key) != now[key])
-        if other:
-            raise UserError(f"--out {args.out}: holds a finished run with another {other}; name "
-                            "another folder, or delete that one.")
+        refuse_other(args, finished["args"] | {"data": finished["data"]["sha256"]}, now)
         print(f"{args.out} is finished already:\n{show(finished)}")
         return finished
+    now["code"] = code_digest("forgetting")
+    if started.exists():
+        try:
+            refuse_other(args, json.loads(started.read_text(encoding="utf-8")), now)
+        except ValueError:
+            raise UserError(f"{started}: not readable; delete it with its folder.")
+    write_json(started, now)
     print(f"{args.strategy} on {args.data} at {args.image_size} px, seed {args.seed}, "
           f"{args.device}; results go to {args.out}", flush=True)
     baselines = {t: train_alone(t, this) for t in TASKS}
@@ -444,8 +492,7 @@ def main(argv=None):
             folder = out if args.out and len(args.seed) == 1 else f"{out}-seed{seed}"
             results.append(run(argparse.Namespace(**{**vars(args), "seed": seed, "out": folder})))
     except KeyboardInterrupt:
-        raise UserError("\nInterrupted. The same command starts again; finished baselines (and "
-                        "Stage 1) are cached.")
+        raise UserError("\nInterrupted. The same command goes on where it stopped.")
     if len(results) == 1:
         return results[0]
     print(f"\n{compare(r['args']['out'] for r in results)}")

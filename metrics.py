@@ -229,10 +229,10 @@ def mean_and_spread(values, style):
 
 
 def compare(folders):
-    """Runs -> a Markdown table: a row for the baselines of each data set and one for each setting,
-    with mean ± std over seeds: how many seeds pass, and of each task the final score and its drop
-    from the baseline."""
-    rows = {}  # {(name, data): {seed: results}}; of two alike with one seed the last counts
+    """Runs -> a Markdown table: a row for the baselines of each data set and device and one for
+    each setting, with mean ± std over seeds: how many seeds pass, and of each task the final score
+    and its drop from the baseline."""
+    rows = {}  # {(name, where): {seed: results}}; of two alike with one seed the last counts
     alone = {}  # the same of the baselines
     for folder in folders:
         try:
@@ -240,11 +240,11 @@ def compare(folders):
         except UserError as e:
             print(f"skipped {e}", file=sys.stderr)
             continue
-        seed, sha256 = results["args"]["seed"], json.dumps(results["data"]["sha256"])
-        recipe = {key: results["defaults"][key] for key in RECIPE}
-        name = row_name(results["args"] | {"strategy": "each task alone"}, recipe)
-        rows.setdefault((results["name"], sha256), {})[seed] = results
-        alone.setdefault((name, sha256), {})[seed] = results["baseline"]
+        args, recipe = results["args"], {key: results["defaults"][key] for key in RECIPE}
+        name = row_name(args | {"strategy": f"each task alone, on {args['device']}"}, recipe)
+        where = json.dumps(results["data"]["sha256"]), args["device"]
+        rows.setdefault((results["name"], where), {})[args["seed"]] = results
+        alone.setdefault((name, where), {})[args["seed"]] = results["baseline"]
     if not rows:
         raise UserError("No finished run among the folders; pass some, as in runs/*.")
     names = [NAMES[t] for t in TASKS]

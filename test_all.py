@@ -1833,6 +1833,9 @@ def test_an_unfinished_run_with_other_arguments_is_refused_by_name(shapes, tmp_p
         train.main(tiny_flags(shapes, tmp_path / "run"))
     with pytest.raises(UserError, match="a run with another lr;"):
         train.main(tiny_flags(shapes, tmp_path / "run", "--lr", "1e-4"))
+    edit_json(tmp_path / "run/args.json", lambda args: args.update(code="other"))
+    with pytest.raises(UserError, match="Interrupted"):  # again, from the start
+        train.main(tiny_flags(shapes, tmp_path / "run"))
     (tmp_path / "run/args.json").write_text("{")
     with pytest.raises(UserError, match="args.json: not readable"):
         train.main(tiny_flags(shapes, tmp_path / "run"))

@@ -413,14 +413,19 @@ def finish(run, baselines, model, history):
         "map_50_95": history[-1]["map_50_95"], "history": history}
     judge(results)
     write_json(Path(args.out) / "results.json", results)
-    for file in Path(args.out).glob("stage*.pt"):
-        file.unlink()
+    forget_stages(args)
     print(f"\n{show(results)}\nresults.json and model.pt are in {args.out}")
     return results
 
 
+def forget_stages(args):
+    """Removes the files from which an interrupted run goes on."""
+    for file in Path(args.out).glob("stage*.pt"):
+        file.unlink()
+
+
 def refuse_other(args, then, now):
-    """Raises UserError if the folder's run had other arguments, data or code, naming which."""
+    """Raises UserError if the folder's run had other arguments or data, naming which."""
     other = ", ".join(key for key in now if key != "out" and then.get(key) != now[key])
     if other:
         raise UserError(f"--out {args.out}: holds a run with another {other}; name another folder, "
@@ -437,13 +442,17 @@ def run(args):
         refuse_other(args, finished["args"] | {"data": finished["data"]["sha256"]}, now)
         print(f"{args.out} is finished already:\n{show(finished)}")
         return finished
-    now["code"] = code_digest("forgetting")
+    code = code_digest("forgetting")
     if started.exists():
         try:
-            refuse_other(args, json.loads(started.read_text(encoding="utf-8")), now)
+            then = json.loads(started.read_text(encoding="utf-8"))
         except ValueError:
             raise UserError(f"{started}: not readable; delete it with its folder.")
-    write_json(started, now)
+        refuse_other(args, then, now)
+        if then["code"] != code:
+            print("The code has changed since this run was interrupted: it starts again.")
+            forget_stages(args)
+    write_json(started, now | {"code": code})
     print(f"{args.strategy} on {args.data} at {args.image_size} px, seed {args.seed}, "
           f"{args.device}; results go to {args.out}", flush=True)
     baselines = {t: train_alone(t, this) for t in TASKS}

@@ -129,8 +129,9 @@ def list_split(root, task, split):
         file = folder.parent / "annotations" / f"mini_instances_{split}2017.json"
         names, samples = read_coco(file, folder)
     else:
-        files = folder.glob("*.jpg") if task == "seg" else folder.glob("[!.]*/[!.]*")
-        samples = [(path, None) for path in sorted(files)]
+        files = sorted(folder.glob("*" if task == "seg" else "[!.]*/[!.]*"))
+        photos = [p for p in files if task == "cls" or p.suffix.lower() in (".jpg", ".jpeg")]
+        samples = [(path, None) for path in photos]
     if task == "cls":
         names = sorted({path.parent.name for path, _ in samples})
     return names, samples

@@ -263,11 +263,14 @@ def compare(folders):
 
 # -- Files
 def digest(*paths):
-    """SHA-256 over files and folders: contents, and names inside a folder, not its own path."""
+    """SHA-256 over files and folders: contents, and names inside a folder, not its own path. Linked
+    folders count as what they link to."""
     result = hashlib.sha256()
     for path in map(Path, paths):
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.is_file():
+        inside = (Path(at) / name for at, _, names in os.walk(path, followlinks=True)
+                  for name in names)
+        for file in [path] if path.is_file() else sorted(inside):
+            if file.is_file():  # a broken link is none
                 result.update(str(file.relative_to(path)).encode() + file.read_bytes())
     return result.hexdigest()
 

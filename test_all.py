@@ -1414,6 +1414,21 @@ def test_a_folder_without_images_is_named(shapes_copy):
         MiniSet(shapes_copy, "seg", "val", 64)
 
 
+@pytest.mark.parametrize("suffix", [".JPG", ".jpeg"])
+def test_photos_of_masks_may_end_in_any_spelling_of_jpg(suffix, shapes_copy):
+    photo = shapes_copy / "mini_voc_seg/val/0003.jpg"
+    photo.rename(photo.with_suffix(suffix))
+    assert len(MiniSet(shapes_copy, "seg", "val", 64)) == 10
+
+
+def test_a_linked_folder_counts_as_what_it_links_to(shapes_copy, tmp_path):
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/val").symlink_to(shapes_copy / "mini_voc_seg/val")
+    before = metrics.digest(tmp_path / "linked")
+    (shapes_copy / "mini_voc_seg/val/0003.png").write_bytes(b"other")
+    assert metrics.digest(tmp_path / "linked") != before
+
+
 # -- Writing mini-sets
 
 def test_new_folder_keeps_what_stood_there_if_the_block_fails(tmp_path):

@@ -60,7 +60,7 @@ def open_image(path):
         image = Image.open(path)
         image.load()
         return image
-    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise UserError(f"{path}: not a readable image ({e}); replace it, or run data.py again.")
 
 
@@ -85,18 +85,22 @@ def read_coco(file, folder):
         coco = json.loads(file.read_text(encoding="utf-8"))
         names = {category["id"]: category["name"] for category in coco["categories"]}
         records = {record["id"]: {**record, "boxes": []} for record in coco["images"]}
+        for key, found in (("images", records), ("categories", names)):
+            if len(found) < len(coco[key]):
+                raise ValueError(f"two {key} have the same id")
+        if not all(record["width"] > 0 and record["height"] > 0 for record in records.values()):
+            raise ValueError("an image has no width or height")
         for a in coco["annotations"]:
             record, (x, y, w, h) = records[a["image_id"]], a["bbox"]
             x1, x2 = max(x, 0), min(x + w, record["width"])
             y1, y2 = max(y, 0), min(y + h, record["height"])
             if x2 > x1 and y2 > y1:
                 box = {"name": names[a["category_id"]], "xyxy": [x1, y1, x2, y2]}
-                box |= {"area": a.get("area", w * h), "iscrowd": a.get("iscrowd", 0)}
+                box |= {"area": float(a.get("area", w * h)), "iscrowd": int(a.get("iscrowd", 0))}
                 record["boxes"].append(box)
             else:
                 skipped += 1
-        samples = [(folder / record["file_name"], record) for _, record in sorted(records.items())
-                   if record["width"] and record["height"]]
+        samples = [(folder / record["file_name"], record) for _, record in sorted(records.items())]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{file}: no readable COCO annotations ({type(e).__name__}: {e}); prepare "
                         "it again.")

@@ -283,4 +283,5 @@ def write_json(path, value):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # not every console knows ±
     print(compare(sys.argv[1:] or sys.exit("usage: python metrics.py RUN [RUN ...]")))

@@ -1339,6 +1339,18 @@ def test_boxes_are_clipped_scaled_and_skipped(shapes_copy, capsys):
     assert "skipped 2 boxes" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("edit, message", [
+    (lambda coco: coco["images"][1].update(id=coco["images"][0]["id"]), "two images have the same"),
+    (lambda coco: coco["categories"][1].update(id=1), "two categories have the same id"),
+    (lambda coco: coco["images"][0].update(width=0), "has no width or height"),
+    (lambda coco: coco["annotations"][0].update(iscrowd=None), "TypeError"),
+    (lambda coco: coco["annotations"][0].update(area="large"), "could not convert")])
+def test_annotations_that_would_give_wrong_numbers_are_refused(edit, message, shapes_copy):
+    edit_json(shapes_copy / VAL_BOXES, edit)
+    with pytest.raises(UserError, match=f"mini_instances_val2017.json: .*{message}"):
+        MiniSet(shapes_copy, "det", "val", 64)
+
+
 def test_boxes_and_photos_are_mapped_by_the_name_of_their_class(shapes_copy):
     before = MiniSet(shapes_copy, "det", "val", 64)
 
@@ -1997,6 +2009,15 @@ def test_of_runs_alike_the_last_counts_and_unfinished_ones_are_named(finished, t
     assert "nothing: holds no results.json" in capsys.readouterr().err
     with pytest.raises(UserError, match="No finished run"):
         metrics.compare([tmp_path / "nothing"])
+
+
+def test_a_console_that_lacks_a_sign_gets_another(two_seeds):
+    out, _ = two_seeds
+    command = [sys.executable, metrics.__file__, f"{out}-seed0", f"{out}-seed1"]
+    said = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": "ascii"}, text=True,
+                          capture_output=True, encoding="ascii")
+    assert said.returncode == 0
+    assert " ? " in said.stdout  # for ±
 
 
 # -- Measuring a saved model

@@ -9,6 +9,7 @@ import ast
 import hashlib
 import json
 import math
+import sys
 import time
 from itertools import product
 from pathlib import Path
@@ -509,4 +510,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # not every console knows ± and ×
     main()

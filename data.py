@@ -88,7 +88,7 @@ def read_coco(file, folder):
         for key, found in (("images", records), ("categories", names)):
             if len(found) < len(coco[key]):
                 raise ValueError(f"two {key} have the same id")
-        if not all(record["width"] > 0 and record["height"] > 0 for record in records.values()):
+        if not all(r["width"] > 0 and r["height"] > 0 for r in coco["images"]):
             raise ValueError("an image has no width or height")
         for a in coco["annotations"]:
             record, (x, y, w, h) = records[a["image_id"]], a["bbox"]

@@ -13,7 +13,8 @@ To add a remedy, write a class with those methods of `Remedy` that it needs:
                                        model, or of the task's training set
     wants(task)                        the old tasks whose outputs on the new images you compare
     penalty(task, model, images, out)  a scalar, added to the loss in every step of `task`; `out`
-                                       holds the outputs of `task` and of all that was wanted
+                                       holds the outputs of `task` and of all that was wanted; what
+                                       it changes in the remedy is lost where a run is interrupted
 then enter it in REMEDIES, before isolation, and its flags, if any, in `train.add_remedy_flags`,
 those with three values also in the first row of STRENGTHS. Autograd does the rest. MAS
 (arXiv:1711.09601), for instance, is EWC with another `importance`: the mean absolute gradient of
@@ -78,9 +79,8 @@ class Replay(Remedy):
         L = L_new + Σ_old weight_old · L_old + teacher_old · D_old(outputs now, previous model's)
 
     on at most 10 stored images per old task, chosen once with the run's seed so that they cover the
-    classes. Ten images are soon learned by heart; the answers say more about each of them than its
-    labels do. DER++ stores the answers; each draw here is another window of the image, and so the
-    model as the last stage left it is asked anew.
+    classes. Ten images are soon learned by heart; answers say more about each than its labels do.
+    DER++ stores them; here each draw is another window, and so the previous model is asked anew.
     """
 
     def __init__(self, args):
@@ -225,10 +225,9 @@ class Isolation(Remedy):
 
         y_old = f(x; θ_shared, θ_old)    y_new = f(x; θ_shared, θ_new)    θ_old is held
 
-    Old and new channels do not read each other (see `model.widen`): those papers let new ones read
-    the old, which gained nothing here. θ_shared is the backbone: `--shared-lr` slows or stops it,
-    and other remedies may hold it (under `--bn live` its statistics move, and old outputs too). It
-    is still one convolution after another, only wider.
+    Old and new channels do not read each other (see `OneHead.widen`): those papers let new ones
+    read the old, which gained nothing here. θ_shared is the backbone: `--shared-lr` slows or stops
+    it, other remedies may hold it. It is still one convolution after another, only wider.
     """
 
     def __init__(self, args):

@@ -232,8 +232,7 @@ def compare(folders):
     """Runs -> a Markdown table: a row for the baselines of each data set and device and one for
     each setting, with mean ± std over seeds: how many seeds pass, and of each task the final score
     and its drop from the baseline."""
-    rows = {}  # {(name, where): {seed: results}}; of two alike with one seed the last counts
-    alone = {}  # the same of the baselines
+    rows = {}  # {(data, device): {name: {seed: results}}}, of two alike the last
     for folder in folders:
         try:
             results = load_run(folder)
@@ -241,19 +240,20 @@ def compare(folders):
             print(f"skipped {e}", file=sys.stderr)
             continue
         args, recipe = results["args"], {key: results["defaults"][key] for key in RECIPE}
-        name = row_name(args | {"strategy": f"each task alone, on {args['device']}"}, recipe)
-        where = json.dumps(results["data"]["sha256"]), args["device"]
-        rows.setdefault((results["name"], where), {})[args["seed"]] = results
-        alone.setdefault((name, where), {})[args["seed"]] = results["baseline"]
+        alone = row_name(args | {"strategy": f"each task alone, on {args['device']}"}, recipe)
+        group = rows.setdefault((json.dumps(results["data"]["sha256"]), args["device"]), {})
+        for name in (alone, results["name"]):
+            group.setdefault(name, {})[args["seed"]] = results
     if not rows:
         raise UserError("No finished run among the folders; pass some, as in runs/*.")
     names = [NAMES[t] for t in TASKS]
     lines = [["run", "passed", *names, *(f"{name} drop" for name in names)], ["---"] * 8]
-    for (name, _), seeds in alone.items():
-        scores = [mean_and_spread([b[t] for b in seeds.values()], ".3f") for t in TASKS]
-        lines.append([name, f"seeds: {len(seeds)}", *scores, "", "", ""])
-    for (name, _), runs in rows.items():
-        runs = list(runs.values())
+    for name, runs in (row for group in rows.values() for row in group.items()):
+        runs = runs.values()
+        if name.startswith("each task alone"):
+            scores = [mean_and_spread([r["baseline"][t] for r in runs], ".3f") for t in TASKS]
+            lines.append([name, f"seeds: {len(runs)}", *scores, "", "", ""])
+            continue
         line = [name, f"{sum(r['verdict']['all'] for r in runs)} of {len(runs)}"]
         line += [mean_and_spread([r["final"][t] for r in runs], ".3f") for t in TASKS]
         line += [mean_and_spread([r["drop"][t] for r in runs], "+.1%") for t in TASKS]
@@ -278,8 +278,9 @@ def digest(*paths):
 def write_json(path, value):
     """Writes JSON; the file appears whole or not at all."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{path}.part").write_text(json.dumps(value, indent=1), encoding="utf-8")
-    os.replace(f"{path}.part", path)
+    part = Path(f"{path}.{os.getpid()}.part")  # no other process writes that
+    part.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    part.replace(path)
 
 
 if __name__ == "__main__":

@@ -260,8 +260,9 @@ def read_checkpoint(path):
 def write_checkpoint(path, state):
     """Writes a dict of tensors and plain values; the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(state, f"{path}.part")
-    os.replace(f"{path}.part", path)
+    part = f"{path}.{os.getpid()}.part"  # no other process writes that
+    torch.save(state, part)
+    os.replace(part, path)
 
 
 def save_model(path, model, image_size, classes):

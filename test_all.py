@@ -1828,7 +1828,7 @@ def test_a_run_interrupted_again_and_again_ends_bit_identical(strategy, shapes, 
         return real(*given)
     monkeypatch.setattr(train, "train_step", interrupted)
     rng, interruptions, done = random.Random(0), 0, False
-    while not done:
+    while not done and interruptions < 30:
         steps_left[:] = range(rng.randint(9, 16))  # an epoch has five
         try:
             train.main(tiny_flags(shapes, tmp_path / "cut/run", *flags))
@@ -1836,36 +1836,57 @@ def test_a_run_interrupted_again_and_again_ends_bit_identical(strategy, shapes, 
         except UserError as e:
             assert "goes on where it stopped" in str(e)
             interruptions += 1
-    assert interruptions >= 3
+    assert 3 <= interruptions < 30
     assert_same_run(tmp_path / "cut/run", tmp_path / "whole/run")
     left = {path.name for path in (tmp_path / "cut/run").iterdir()}
     assert left == {"args.json", "results.json", "model.pt"}
 
 
-def test_a_killed_process_loses_nothing(shapes, finished, tmp_path):
-    flags, epochs_left = tiny_flags(shapes, tmp_path / "run"), 4
+def test_a_killed_process_loses_nothing(shapes, finished, tmp_path, capsys):
+    flags, epochs_left = tiny_flags(shapes, tmp_path / "run"), 4  # three baselines and Stage 2
     command = [sys.executable, train.__file__, *flags]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8") as process:
         for line in process.stdout:
             epochs_left -= " epoch " in line
             if epochs_left == 0:
                 process.kill()
+    assert epochs_left == 0
+    capsys.readouterr()
     train.main(flags)
+    said = capsys.readouterr().out
+    assert "cls epoch" in said and not any(f"{task} epoch" in said for task in ("seg", "det"))
     assert_same_run(tmp_path / "run", finished[0])
 
 
-def test_an_unfinished_run_with_other_arguments_is_refused_by_name(shapes, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "train_alone", lambda *given: exec("raise KeyboardInterrupt"))
+@pytest.fixture
+def unfinished(shapes, tmp_path, monkeypatch):
+    """A run that was interrupted in Stage 3: its command line. Whatever trains more, fails."""
+    real = train.train_epoch
+    flags = tiny_flags(shapes, tmp_path / "run", "--strategy", "none")
+
+    def until_stage_3(model, task, run, remedies, *rest):
+        if task == "cls" and (tmp_path / "run/stage2.pt").exists():
+            raise KeyboardInterrupt
+        return real(model, task, run, remedies, *rest)
+    monkeypatch.setattr(train, "train_epoch", until_stage_3)
     with pytest.raises(UserError, match="Interrupted"):
-        train.main(tiny_flags(shapes, tmp_path / "run"))
+        train.main(flags)
+    return flags
+
+
+def test_an_unfinished_run_with_other_arguments_is_refused_by_name(unfinished):
     with pytest.raises(UserError, match="a run with another lr;"):
-        train.main(tiny_flags(shapes, tmp_path / "run", "--lr", "1e-4"))
-    edit_json(tmp_path / "run/args.json", lambda args: args.update(code="other"))
-    with pytest.raises(UserError, match="Interrupted"):  # again, from the start
-        train.main(tiny_flags(shapes, tmp_path / "run"))
-    (tmp_path / "run/args.json").write_text("{")
-    with pytest.raises(UserError, match="args.json: not readable"):
-        train.main(tiny_flags(shapes, tmp_path / "run"))
+        train.main([*unfinished, "--lr", "1e-4"])
+
+
+@pytest.mark.parametrize("damage", [
+    lambda file: edit_json(file, lambda args: args.update(surroundings="another code")),
+    lambda file: file.write_text("{"), lambda file: file.unlink()])
+def test_stages_of_another_code_or_unknown_arguments_are_trained_again(damage, unfinished, capsys):
+    damage(Path(unfinished[3]) / "args.json")
+    with pytest.raises(UserError, match="Interrupted"):
+        train.main(unfinished)
+    assert "det epoch" in capsys.readouterr().out
 
 
 # -- Finished runs and cached baselines
@@ -1917,20 +1938,25 @@ def code_copy(tmp_path, monkeypatch):
     return tmp_path
 
 
+MODULES = ["train", "model", "data", "losses", "metrics", "forgetting"]
+
+
 def test_a_comment_in_the_code_leaves_the_baselines_valid(code_copy):
-    before = train.code_digest()
+    before = train.code_digest(*MODULES)
     file = code_copy / "losses.py"
     text = file.read_text(encoding="utf-8")
     file.write_text(f"# A new first line\n{text}\n\n# and a last one\n", encoding="utf-8")
-    assert train.code_digest() == before
+    assert train.code_digest(*MODULES) == before
 
 
-@pytest.mark.parametrize("name", ["train", "model", "data", "losses", "metrics"])
-def test_an_edit_of_the_code_makes_the_baselines_stale(code_copy, name):
-    before = train.code_digest()
+@pytest.mark.parametrize("name", MODULES)
+def test_an_edit_of_the_code_makes_what_it_trained_stale(name, code_copy, shapes):
+    args = tiny_args(shapes)
+    before, remedies = train.surroundings(args), train.code_digest("forgetting")
     with (code_copy / f"{name}.py").open("a", encoding="utf-8") as file:
         file.write("\nEDITED = True\n")
-    assert train.code_digest() != before
+    assert (train.surroundings(args) == before) == (name == "forgetting")
+    assert (train.code_digest("forgetting") == remedies) == (name != "forgetting")
 
 
 # -- Several seeds
@@ -1996,8 +2022,8 @@ def test_a_row_is_named_by_what_differs_from_the_defaults_stored_with_the_run(fi
     later = results | {"defaults": results["defaults"] | {"replay_images": 3}}
     later = write_run(tmp_path / "later", later, replay_images=3, lr=[0.5] * 3)
     rows = rows_of(metrics.compare([usual, fewer, later]))
-    assert [row[0] for row in rows] == ["replay", "replay --replay-images 3",
-                                        "replay --lr [0.5, 0.5, 0.5]"]
+    assert [row[0] for row in rows] == ["replay", "replay --lr [0.5, 0.5, 0.5]",
+                                        "replay --replay-images 3"]  # on another device
 
 
 def test_of_runs_alike_the_last_counts_and_unfinished_ones_are_named(finished, tmp_path, capsys):

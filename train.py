@@ -269,8 +269,8 @@ def train_stage(model, task, run, remedies=(), shared_lr=1.0, file=None):
 def keep(file, parts, history):
     """Writes all that the rest of a stage depends on: parts {name: what has a state_dict}."""
     states = {name: part.state_dict() for name, part in parts.items()}
-    random = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
-    write_checkpoint(file, states | {"random": random, "history": history})
+    gpu = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    write_checkpoint(file, states | {"random": [torch.get_rng_state(), gpu], "history": history})
 
 
 def restore(file, parts):
@@ -281,8 +281,9 @@ def restore(file, parts):
         return []
     for name, part in parts.items():
         part.load_state_dict(saved[name])
-    torch.set_rng_state(saved["random"]["cpu"])
-    torch.cuda.set_rng_state_all(saved["random"]["cuda"])
+    torch.set_rng_state(saved["random"][0])
+    if saved["random"][1] is not None:
+        torch.cuda.set_rng_state(saved["random"][1])
     return saved["history"]
 
 
@@ -310,23 +311,20 @@ class Run:
         return f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
 
 
-def code_digest(*more):
-    """A hash of the code that trains and measures, as parsed: comments do not change it."""
-    files = (Path(__file__).with_name(f"{name}.py")
-             for name in ("train", "model", "data", "losses", "metrics", *more))
+def code_digest(*modules):
+    """A hash of the code of some modules, as parsed: comments do not change it."""
+    files = (Path(__file__).with_name(f"{name}.py") for name in modules)
     parsed = [ast.dump(ast.parse(file.read_text(encoding="utf-8"))) for file in files]
     return hashlib.sha256("".join(parsed).encode()).hexdigest()
 
 
 def train_alone(task, run):
     """The baseline: the initial model trained on one task with its stage's settings, but for what
-    belongs to strategies (remedies, --shared-lr, --bn) -> {"model", "history"}. Cached beside the
-    run, in a file whose name hashes all that influences it; one that cannot be read is replaced."""
+    belongs to strategies -> {"model", "history"}. Cached beside the run, in a file whose name
+    hashes all that influences it; one that cannot be read is replaced."""
     args, stage = run.args, TASKS.index(task)
-    weights = digest(args.weights) if Path(args.weights).is_file() else args.weights
-    key = [task, args.epochs[stage], args.lr[stage], args.trunk_lr[stage], weights, run.data,
-           args.image_size, args.batch_size, args.seed, args.device, args.eval_every, code_digest(),
-           torch.get_num_threads(), torch.__version__, torchvision.__version__, PIL.__version__]
+    key = [task, args.epochs[stage], args.lr[stage], args.trunk_lr[stage], run.data, args.seed,
+           args.image_size, args.batch_size, args.device, args.eval_every, surroundings(args)]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     file = Path(args.out).parent / ".baselines" / f"{task}-{name}.pt"
     try:
@@ -414,15 +412,21 @@ def finish(run, baselines, model, history):
         "map_50_95": history[-1]["map_50_95"], "history": history}
     judge(results)
     write_json(Path(args.out) / "results.json", results)
-    forget_stages(args)
+    for file in stages_of(args):
+        file.unlink()
     print(f"\n{show(results)}\nresults.json and model.pt are in {args.out}")
     return results
 
 
-def forget_stages(args):
-    """Removes the files from which an interrupted run goes on."""
-    for file in Path(args.out).glob("stage*.pt"):
-        file.unlink()
+def surroundings(args):
+    """What a training depends on besides its arguments and its data, but for the remedies' code."""
+    weights = digest(args.weights) if Path(args.weights).is_file() else args.weights
+    return [weights, code_digest("train", "model", "data", "losses", "metrics"),
+            torch.get_num_threads(), torch.__version__, torchvision.__version__, PIL.__version__]
+
+
+def stages_of(args):
+    return list(Path(args.out).glob("stage*.pt"))  # from which an interrupted run goes on
 
 
 def refuse_other(args, then, now):
@@ -443,17 +447,17 @@ def run(args):
         refuse_other(args, finished["args"] | {"data": finished["data"]["sha256"]}, now)
         print(f"{args.out} is finished already:\n{show(finished)}")
         return finished
-    code = code_digest("forgetting")
-    if started.exists():
-        try:
-            then = json.loads(started.read_text(encoding="utf-8"))
-        except ValueError:
-            raise UserError(f"{started}: not readable; delete it with its folder.")
+    try:
+        then = dict(json.loads(started.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        then = {}
+    if then and stages_of(args):
         refuse_other(args, then, now)
-        if then["code"] != code:
-            print("The code has changed since this run was interrupted: it starts again.")
-            forget_stages(args)
-    write_json(started, now | {"code": code})
+    now["surroundings"] = [*surroundings(args), code_digest("forgetting")]
+    if then.get("surroundings") != now["surroundings"]:  # another code: its stages are stale
+        for file in stages_of(args):
+            file.unlink()
+    write_json(started, now)
     print(f"{args.strategy} on {args.data} at {args.image_size} px, seed {args.seed}, "
           f"{args.device}; results go to {args.out}", flush=True)
     baselines = {t: train_alone(t, this) for t in TASKS}

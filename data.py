@@ -36,7 +36,7 @@ from torchvision.transforms.functional import pil_to_tensor
 TASKS = ("seg", "det", "cls")  # in the order of the stages
 FOLDERS = {"seg": "mini_voc_seg", "det": "mini_coco_det", "cls": "imagenette_160"}
 COUNTS = {"train": 240, "val": 60}  # images of each task
-IGNORE = 255
+IGNORE, JPEG = 255, (".jpg", ".jpeg")
 VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable "
                "dog horse motorbike person pottedplant sheep sofa train tvmonitor").split()
 COCO_CLASSES = "person bicycle car motorcycle bus truck cat dog chair tv".split()  # the ten sampled
@@ -134,8 +134,7 @@ def list_split(root, task, split):
         names, samples = read_coco(file, folder)
     else:
         files = sorted(folder.glob("*" if task == "seg" else "[!.]*/[!.]*"))
-        photos = [p for p in files if task == "cls" or p.suffix.lower() in (".jpg", ".jpeg")]
-        samples = [(path, None) for path in photos]
+        samples = [(p, None) for p in files if task == "cls" or p.suffix.lower() in JPEG]
     if task == "cls":
         names = sorted({path.parent.name for path, _ in samples})
     return names, samples

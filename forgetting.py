@@ -1,8 +1,7 @@
 """Remedies against forgetting, each a small class. `--strategy` names one, or several joined by +.
 
     acts on     class      what it adds to the loss of a later stage
-    data        Replay     the old tasks' losses, and the previous model's answers, on a few stored
-                           images
+    data        Replay     the old tasks' losses and the previous model's answers on stored images
     weights     EWC        springs that hold the weights which the old tasks need
     outputs     LwF        the distance to the previous model's answers on the new images
     weights     Freeze     nothing: the backbone, or backbone and neck, stop learning
@@ -37,10 +36,12 @@ DISTANCES = {"seg": distil_seg, "det": distil_det}
 # All rows apply whose remedies are in the strategy ("from scratch": with --weights none), and where
 # they differ the last one counts. Strategies that no row names have not been tuned.
 STRENGTHS = {
-    "otherwise": dict(replay_weight=[1, 1, 1], replay_teacher=[6, 6, 3], lwf_weight=[5, 1, 1],
-                      ewc_lambda=[5, 5, 10], own_channels=[0, 128, 64], shared_lr=[1, 1, 1]),
-    # Shapes are learned from scratch, and ten of them show enough for labels to teach
-    "replay from scratch": dict(replay_teacher=[0.7, 4, 2], shared_lr=[1, 1, 0.2]),
+    "otherwise": dict(replay_weight=[1, 1, 1], replay_teacher=[6, 6, 3], replay_batch=4,
+                      lwf_weight=[5, 1, 1], ewc_lambda=[5, 5, 10], own_channels=[0, 128, 64],
+                      shared_lr=[1, 1, 1]),
+    # Shapes, learned from scratch; in Stage 3 labels would only be learned by heart once more
+    "replay from scratch": dict(replay_weight=[1, 0, 0], replay_teacher=[0.7, 4, 2],
+                                replay_batch=6, shared_lr=[1, 1, 0.2]),
     # Drift is corrected twice: softer springs, and shared layers that learn faster
     "ewc+lwf": dict(lwf_weight=[1, 0.3, 2], ewc_lambda=[0.5, 5, 10], shared_lr=[1, 2, 1]),
     "ewc+lwf from scratch": dict(shared_lr=[1, 1, 1]),  # twice that rate diverged

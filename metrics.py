@@ -246,8 +246,8 @@ def compare(folders):
             group.setdefault(name, {})[args["seed"]] = results
     if not rows:
         raise UserError("No finished run among the folders; pass some, as in runs/*.")
-    names = [NAMES[t] for t in TASKS]
-    lines = [["run", "passed", *names, *(f"{name} drop" for name in names)], ["---"] * 8]
+    drops = [f"{name} drop" for name in NAMES.values()]
+    lines = [["run", "passed", *NAMES.values(), *drops], ["---"] * 8]
     for name, runs in (row for group in rows.values() for row in group.items()):
         runs = runs.values()
         if name.startswith("each task alone"):

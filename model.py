@@ -172,8 +172,7 @@ def add_channels(conv, inputs, outputs, old):
         bias[:out] = conv.bias
     hold_weight = torch.ones_like(weight, dtype=torch.bool)
     hold_weight[new, -fresh.in_channels:] = False
-    hold_bias = torch.ones_like(bias, dtype=torch.bool)
-    hold_bias[new] = False
+    hold_bias = torch.tensor([row in old for row in range(out + outputs)], device=bias.device)
     conv.out_channels, conv.in_channels = weight.shape[:2]
     for name, value, held in (("weight", weight, hold_weight), ("bias", bias, hold_bias)):
         setattr(conv, name, nn.Parameter(value))

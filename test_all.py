@@ -1048,7 +1048,7 @@ def test_replay_stores_distinct_images_without_augmentation(count, trained_model
 
 
 def test_replay_keeps_its_images_and_draws_some_a_step(trained_model, shapes, tiny_run):
-    replay = remedy_of(forgetting.Replay, shapes, "--replay-batch", "2")
+    replay = remedy_of(forgetting.Replay, shapes, "--replay-batch", "2", "--replay-weight", "1")
     replay.remember("seg", trained_model, tiny_run.train["seg"])
     replay.remember("det", trained_model, tiny_run.train["det"])
     before = {task: images.clone() for task, (images, _) in replay.buffer.items()}
@@ -1693,7 +1693,8 @@ def test_with_photos_the_defaults_are_others(empty_cwd):
 @pytest.mark.parametrize("flags, expected", [
     ("--weights imagenet --strategy lwf", dict(lwf_weight=[5, 1, 1], shared_lr=[1, 1, 1])),
     ("--weights imagenet --strategy replay", dict(replay_teacher=[6, 6, 3], shared_lr=[1, 1, 1])),
-    ("--strategy replay", dict(replay_teacher=[0.7, 4, 2], shared_lr=[1, 1, 0.2])),
+    ("--strategy replay", dict(replay_teacher=[0.7, 4, 2], shared_lr=[1, 1, 0.2],
+                               replay_batch=6)),
     ("--weights imagenet --strategy lwf+ewc", dict(lwf_weight=[1, 0.3, 2], shared_lr=[1, 2, 1])),
     ("--strategy ewc+lwf", dict(lwf_weight=[1, 0.3, 2], shared_lr=[1, 1, 1])),
     ("--strategy isolation+lwf", dict(own_channels=[0, 128, 64], shared_lr=[1, 0, 0])),

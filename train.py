@@ -105,8 +105,7 @@ def add_remedy_flags(group):
         "the rules allow 10 (default: %(default)s)")
     add("--replay-tasks", nargs="+", choices=TASKS[:2], default=["seg", "det"], help="old tasks to "
         "replay (default: both)")
-    add("--replay-batch", type=numbers(1, kind=int), default=4, help="stored images per old task "
-        "in a step (default: %(default)s)")
+    add("--replay-batch", type=numbers(1, kind=int), help="stored images per old task in a step")
     add("--replay-weight", **three, type=numbers(0), help="weight of an old task's loss on stored "
         "images: of seg in Stage 2, seg in Stage 3, det in Stage 3")
     add("--replay-teacher", **three, type=numbers(0), help="weight of the distance to old outputs "
@@ -430,7 +429,6 @@ def stages_of(args):
 
 
 def refuse_other(args, then, now):
-    """Raises UserError if the folder's run had other arguments or data, naming which."""
     other = ", ".join(key for key in now if key != "out" and then.get(key) != now[key])
     if other:
         raise UserError(f"--out {args.out}: holds a run with another {other}; name another folder, "
@@ -439,7 +437,8 @@ def refuse_other(args, then, now):
 
 def run(args):
     """One run of one seed -> its results. A finished one is not repeated, an interrupted one goes
-    on where it stopped: finished stages are read from their files, all else is computed again."""
+    on where it stopped: finished stages are read from their files, all else is computed again.
+    Raises UserError, naming them, if the folder's run had other arguments or data."""
     this, started = Run(args), Path(args.out) / "args.json"
     now = vars(args) | {"data": this.data}
     if (Path(args.out) / "results.json").exists():

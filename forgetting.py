@@ -40,7 +40,7 @@ STRENGTHS = {
                       lwf_weight=[5, 1, 1], ewc_lambda=[5, 5, 10], own_channels=[0, 128, 64],
                       shared_lr=[1, 1, 1]),
     # Shapes, learned from scratch; in Stage 3 labels would only be learned by heart once more
-    "replay from scratch": dict(replay_weight=[1, 0, 0], replay_teacher=[0.7, 4, 2],
+    "replay from scratch": dict(replay_weight=[1, 0, 0], replay_teacher=[1.2, 4, 2],
                                 replay_batch=6, shared_lr=[1, 1, 0.2]),
     # Drift is corrected twice: softer springs, and shared layers that learn faster
     "ewc+lwf": dict(lwf_weight=[1, 0.3, 2], ewc_lambda=[0.5, 5, 10], shared_lr=[1, 2, 1]),

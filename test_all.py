@@ -1693,7 +1693,7 @@ def test_with_photos_the_defaults_are_others(empty_cwd):
 @pytest.mark.parametrize("flags, expected", [
     ("--weights imagenet --strategy lwf", dict(lwf_weight=[5, 1, 1], shared_lr=[1, 1, 1])),
     ("--weights imagenet --strategy replay", dict(replay_teacher=[6, 6, 3], shared_lr=[1, 1, 1])),
-    ("--strategy replay", dict(replay_teacher=[0.7, 4, 2], shared_lr=[1, 1, 0.2],
+    ("--strategy replay", dict(replay_teacher=[1.2, 4, 2], shared_lr=[1, 1, 0.2],
                                replay_batch=6)),
     ("--weights imagenet --strategy lwf+ewc", dict(lwf_weight=[1, 0.3, 2], shared_lr=[1, 2, 1])),
     ("--strategy ewc+lwf", dict(lwf_weight=[1, 0.3, 2], shared_lr=[1, 1, 1])),

@@ -437,8 +437,7 @@ def refuse_other(args, then, now):
 
 def run(args):
     """One run of one seed -> its results. A finished one is not repeated, an interrupted one goes
-    on where it stopped: finished stages are read from their files, all else is computed again.
-    Raises UserError, naming them, if the folder's run had other arguments or data."""
+    on from the files of its finished stages; UserError if either had other arguments or data."""
     this, started = Run(args), Path(args.out) / "args.json"
     now = vars(args) | {"data": this.data}
     if (Path(args.out) / "results.json").exists():

@@ -232,7 +232,7 @@ def compare(folders):
     """Runs -> a Markdown table: a row for the baselines of each data set and device and one for
     each setting, with mean ± std over seeds: how many seeds pass, and of each task the final score
     and its drop from the baseline."""
-    rows = {}  # {(data, device): {name: {seed: results}}}, of two alike the last
+    groups = {}  # {(data, device): (baselines, runs)}, each {name: {seed: results}}
     for folder in folders:
         try:
             results = load_run(folder)
@@ -241,23 +241,24 @@ def compare(folders):
             continue
         args, recipe = results["args"], {key: results["defaults"][key] for key in RECIPE}
         alone = row_name(args | {"strategy": f"each task alone, on {args['device']}"}, recipe)
-        group = rows.setdefault((json.dumps(results["data"]["sha256"]), args["device"]), {})
-        for name in (alone, results["name"]):
-            group.setdefault(name, {})[args["seed"]] = results
-    if not rows:
+        where = json.dumps(results["data"]["sha256"]), args["device"]
+        for rows, name in zip(groups.setdefault(where, ({}, {})), (alone, results["name"])):
+            rows.setdefault(name, {})[args["seed"]] = results  # of two alike the last counts
+    if not groups:
         raise UserError("No finished run among the folders; pass some, as in runs/*.")
     drops = [f"{name} drop" for name in NAMES.values()]
     lines = [["run", "passed", *NAMES.values(), *drops], ["---"] * 8]
-    for name, runs in (row for group in rows.values() for row in group.items()):
-        runs = runs.values()
-        if name.startswith("each task alone"):
-            scores = [mean_and_spread([r["baseline"][t] for r in runs], ".3f") for t in TASKS]
+    for baselines, named in groups.values():
+        for name, runs in baselines.items():
+            scores = [mean_and_spread([r["baseline"][t] for r in runs.values()], ".3f")
+                      for t in TASKS]
             lines.append([name, f"seeds: {len(runs)}", *scores, "", "", ""])
-            continue
-        line = [name, f"{sum(r['verdict']['all'] for r in runs)} of {len(runs)}"]
-        line += [mean_and_spread([r["final"][t] for r in runs], ".3f") for t in TASKS]
-        line += [mean_and_spread([r["drop"][t] for r in runs], "+.1%") for t in TASKS]
-        lines.append(line)
+        for name, runs in named.items():
+            runs = runs.values()
+            line = [name, f"{sum(r['verdict']['all'] for r in runs)} of {len(runs)}"]
+            line += [mean_and_spread([r["final"][t] for r in runs], ".3f") for t in TASKS]
+            line += [mean_and_spread([r["drop"][t] for r in runs], "+.1%") for t in TASKS]
+            lines.append(line)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

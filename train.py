@@ -218,14 +218,13 @@ def train_epoch(model, task, run, remedies, optimizer, scaler, epoch):
     """Shows every training image once -> (mean loss, mean penalty, last learning rate). Raises
     UserError, naming the images, if the loss is not finite."""
     args, stage, samples, sums = run.args, TASKS.index(task), run.train[task], np.zeros(2)
-    stored = take(samples.batch, slice(None), args.device)
-    batches = torch.randperm(len(samples), device=args.device).split(args.batch_size)
+    batches = torch.randperm(len(samples), device=args.device).cpu().split(args.batch_size)
     model.train()
     for step, indices in enumerate(batches, (epoch - 1) * len(batches) + 1):
         lr = learning_rate(step, args.epochs[stage] * len(batches), args.lr[stage])
         for group in optimizer.param_groups:
             group["lr"] = lr * group["share"]
-        batch = augment(*take(stored, indices))
+        batch = augment(*take(samples.batch, indices, args.device))
         sums += train_step(model, task, batch, remedies, optimizer, scaler)
         if not np.isfinite(sums).all():
             names = ", ".join(str(samples.paths[i]) for i in indices.tolist())

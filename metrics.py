@@ -229,9 +229,8 @@ def mean_and_spread(values, style):
 
 
 def compare(folders):
-    """Runs -> a Markdown table: a row for the baselines of each data set and device and one for
-    each setting, with mean ± std over seeds: how many seeds pass, and of each task the final score
-    and its drop from the baseline."""
+    """Runs -> a Markdown table: for each data set and device a row of the baselines, then one for
+    each setting: how many seeds pass, final scores and drops, as mean ± std over its seeds."""
     groups = {}  # {(data, device): (baselines, runs)}, each {name: {seed: results}}
     for folder in folders:
         try:

@@ -1817,7 +1817,7 @@ def assert_same_run(out, other):
 
 
 def test_a_run_interrupted_again_and_again_ends_bit_identical(shapes, tmp_path, monkeypatch):
-    flags = ["--strategy", "replay+ewc+lwf", "--epochs", "2"]
+    flags = ["--strategy", "replay+ewc+lwf", "--epochs", "2", "--image-size", "32"]
     train.main(tiny_flags(shapes, tmp_path / "whole/run", *flags))
     real, steps_left = train.train_step, []
 
@@ -1828,7 +1828,7 @@ def test_a_run_interrupted_again_and_again_ends_bit_identical(shapes, tmp_path, 
     monkeypatch.setattr(train, "train_step", interrupted)
     rng, interruptions, done = random.Random(0), 0, False
     while not done and interruptions < 30:
-        steps_left[:] = range(rng.randint(9, 16))  # an epoch has five
+        steps_left[:] = range(rng.randint(11, 17))  # an epoch has five
         try:
             train.main(tiny_flags(shapes, tmp_path / "cut/run", *flags))
             done = True

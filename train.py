@@ -300,6 +300,7 @@ class Run:
                 raise UserError(f"{args.data}: val has {t} classes that train lacks: "
                                 f"{', '.join(self.val[t].unknown)}; add them or leave them out.")
         self.data = {t: digest(Path(args.data) / FOLDERS[t]) for t in TASKS}
+        self.surroundings = surroundings(args)
         self.done, self.total = 0, 2 * sum(args.epochs)  # epochs, of baselines and stages
 
     def time_left(self):
@@ -322,7 +323,7 @@ def train_alone(task, run):
     hashes all that influences it; one that cannot be read is replaced."""
     args, stage = run.args, TASKS.index(task)
     key = [task, args.epochs[stage], args.lr[stage], args.trunk_lr[stage], run.data, args.seed,
-           args.image_size, args.batch_size, args.device, args.eval_every, surroundings(args)]
+           args.image_size, args.batch_size, args.device, args.eval_every, run.surroundings]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     file = Path(args.out).parent / ".baselines" / f"{task}-{name}.pt"
     try:
@@ -450,7 +451,7 @@ def run(args):
         then = {}
     if then and stages_of(args):
         refuse_other(args, then, now)
-    now["surroundings"] = [*surroundings(args), code_digest("forgetting")]
+    now["surroundings"] = [*this.surroundings, code_digest("forgetting")]
     if then.get("surroundings") != now["surroundings"]:  # another code: its stages are stale
         for file in stages_of(args):
             file.unlink()

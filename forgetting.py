@@ -60,6 +60,7 @@ class Remedy:
 
     def __init__(self, args):
         self.args = args
+        self.losses = args.box_loss, args.conf_loss  # of detection
 
     def remember(self, task, model, samples):
         """Called after the stage of `task`, if another one follows. samples: its MiniSet."""
@@ -106,7 +107,7 @@ class Replay(Remedy):
                 drawn = torch.randperm(len(stored[0]))[:self.args.replay_batch]
                 x, target = augment(*take(stored, drawn))
                 now = model(x, (old,))
-                total = total + weight * task_loss(old, now, target)
+                total = total + weight * task_loss(old, now, target, *self.losses)
             if teaching:
                 total = total + teaching * distance(old, now, self.teacher(x, (old,)))
         return total
@@ -187,7 +188,7 @@ class EWC(Remedy):
             if task == "det" and (target["labels"] < 0).all():
                 continue  # all objects left the window; a mean over none would outweigh all others
             model.zero_grad()
-            task_loss(task, model(images, (task,)), target).backward()
+            task_loss(task, model(images, (task,)), target, *self.losses).backward()
             gradient = flat(torch.zeros_like(p) if p.grad is None else p.grad
                             for p in model.parameters())
             fisher = fisher + gradient.square() / len(samples)
@@ -216,7 +217,7 @@ class Freeze(Remedy):
     def remember(self, task, model, samples):
         model.features.requires_grad_(False)
         if self.args.freeze == "neck":
-            model.fpn.requires_grad_(False)
+            model.neck.requires_grad_(False)
         model.fix_batchnorm()
 
 

@@ -19,19 +19,22 @@ score, Wu et al. 2020, arXiv:1912.05992). Every other cell of all levels learns 
 """
 import torch
 import torch.nn.functional as F
+from torchvision.ops import sigmoid_focal_loss
 
 from data import IGNORE
+from model import encode
 
 SMOOTHING = 0.1  # of the labels of classification (Szegedy et al. 2016, arXiv:1512.00567)
 TEMPERATURE = 2.0  # softens the classes that distillation compares (Li & Hoiem, section 3)
 
 
-def task_loss(task, out, target):
-    """The loss of one task -> scalar. out: what the model says, target: that of `data.augment`."""
+def task_loss(task, out, target, box_loss="giou", conf_loss="bce"):
+    """The loss of one task -> scalar. out: what the model says, target: that of `data.augment`,
+    box_loss and conf_loss: see `det_loss`."""
     if task == "seg":
         return seg_loss(out["seg"].float(), target["mask"])
     if task == "det":
-        return det_loss(out["det"].float(), target, out["cells"])
+        return det_loss(out["det"].float(), target, out["cells"], box_loss, conf_loss)
     return F.cross_entropy(out["cls"].float(), target["labels"][:, 0], label_smoothing=SMOOTHING)
 
 
@@ -109,12 +112,13 @@ def assign(boxes, labels, cells, radius=1.5):
     return torch.where(smallest.isinf(), -1, index)
 
 
-def det_loss(det, target, cells):
+def det_loss(det, target, cells, box_loss="giou", conf_loss="bce"):
     """Box, confidence and class loss of a batch: sums over cells, divided by max(1, number of
     positive cells), so that they do not depend on how many objects a batch shows.
 
     det (B, N, 15) from the model, target {"boxes": (B, M, 4), "labels": (B, M)}, cells (N, 3)
-    -> scalar.
+    -> scalar. box_loss: "giou", or "smooth_l1" or "mse" of the four offsets t; conf_loss: "bce", or
+    "focal" with γ = 1 (Lin et al. 2017, arXiv:1708.02002).
     """
     index = assign(target["boxes"], target["labels"], cells)  # (B, N)
     positive, index = index >= 0, index.clamp(min=0)
@@ -123,11 +127,17 @@ def det_loss(det, target, cells):
 
     distance = giou_loss(det[..., :4], boxes)  # (B, N) in [0, 2]
     quality = (1 - distance.detach()).clamp(min=0) * positive  # (B, N): what confidence should be
-    box_loss = (distance * positive).sum()
-    confidence_loss = F.binary_cross_entropy_with_logits(det[..., 4], quality, reduction="sum")
+    if box_loss != "giou":
+        error = {"smooth_l1": F.smooth_l1_loss, "mse": F.mse_loss}[box_loss]
+        distance = error(encode(det[..., :4], cells), encode(boxes, cells), reduction="none").sum(2)
+    total_box_loss = (distance * positive).sum()
+    if conf_loss == "focal":
+        confidence_loss = sigmoid_focal_loss(det[..., 4], quality, -1, 1, reduction="sum")
+    else:
+        confidence_loss = F.binary_cross_entropy_with_logits(det[..., 4], quality, reduction="sum")
     class_loss = F.cross_entropy(det[..., 5:].flatten(0, 1), labels.flatten(),
                                  ignore_index=IGNORE, reduction="sum")
-    return (2 * box_loss + class_loss + confidence_loss) / positive.sum().clamp(min=1)
+    return (2 * total_box_loss + class_loss + confidence_loss) / positive.sum().clamp(min=1)
 
 
 def distil_det(det, taught):

@@ -24,7 +24,9 @@ NAMES = {"seg": "mIoU", "det": "mAP@50", "cls": "Top-1"}
 LEARNED = {"seg": 0.05, "det": 0.01, "cls": 0.20}  # a score below this is chance
 MAX_DROP, MAX_PARAMS, MAX_LATENCY_MS, MAX_SECONDS = 0.05, 8_000_000, 150, 7200
 PLACES = ("data", "device", "out", "seed")  # arguments that do not name a row of the comparison
-RECIPE = ("weights", "image_size", "epochs", "lr", "trunk_lr", "batch_size")  # of the baselines
+RECIPE = ("report", "backbone", "taps", "neck", "width", "hidden", "head_layers", "head_stride",
+          "weights", "image_size", "epochs", "lr", "trunk_lr", "batch_size", "box_loss",
+          "conf_loss", "conf_warmup")  # flags that matter to the baselines
 
 
 # -- The metrics
@@ -238,7 +240,8 @@ def compare(folders):
         except UserError as e:
             print(f"skipped {e}", file=sys.stderr)
             continue
-        args, recipe = results["args"], {key: results["defaults"][key] for key in RECIPE}
+        args, defaults = results["args"], results["defaults"]
+        recipe = {key: value for key, value in defaults.items() if key in RECIPE}
         alone = row_name(args | {"strategy": f"each task alone, on {args['device']}"}, recipe)
         where = json.dumps(results["data"]["sha256"]), args["device"]
         for rows, name in zip(groups.setdefault(where, ({}, {})), (alone, results["name"])):

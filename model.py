@@ -1,4 +1,4 @@
-"""One network, one head, three tasks.
+"""One network, one head, three tasks. By default:
 
     image -> MobileNetV3-Small -> FPN -> Conv3x3, ReLU, Conv1x1 -+- [ 0:21]  segmentation logits
              (backbone)          (neck)  (the one head, shared   |- [21:36]  box, confidence, class
@@ -6,7 +6,7 @@
 
 The head is a single branch: one convolution emits all 46 channels of a cell at once. It is applied
 to every level of the pyramid with the same weights, as FCOS and RetinaNet share theirs
-(arXiv:1904.01355, 1708.02002).
+(arXiv:1904.01355, 1708.02002). Other backbones and necks stand in two tables.
 """
 import os
 from functools import cache
@@ -15,7 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
-from torchvision.models import MobileNet_V3_Small_Weights, mobilenet_v3_small
+from torchvision.models import (EfficientNet_B0_Weights, MobileNet_V3_Small_Weights,
+                                efficientnet_b0, mobilenet_v3_small)
+from torchvision.models.mobilenetv2 import InvertedResidual
+from torchvision.ops import Conv2dNormActivation as ConvNorm  # convolution, BatchNorm, ReLU
 from torchvision.ops import FeaturePyramidNetwork, batched_nms
 
 from data import UserError
@@ -25,25 +28,124 @@ ROWS = {"seg": SEG, "det": DET, "cls": CLS}  # of the output layer, by task
 PRIOR = 0.01  # confidence of every cell before training (RetinaNet, section 3.3)
 
 
-class OneHead(nn.Module):
-    """MobileNetV3-Small + FPN + a two-layer head that emits all three tasks.
+# -- Backbones
+class FastSCNN(nn.Module):
+    """Fast-SCNN (Poudel, Liwicki, Cipolla 2019, arXiv:1902.04502, table 1), its classifier replaced
+    by our head: one map (B, 128, H/8, W/8), the sum of outlines and of what the scene is."""
 
-    taps: the backbone's blocks that feed the FPN, finest first; width: channels of neck and head;
-    levels: how many pyramid levels the head reads. OneHead((3, 6, 12), levels=1) is the challenge's
-    reference configuration with 1,605,582 parameters. Block 8 instead of 6 is the last one at
-    stride 16, two blocks deeper, and three levels give large objects a coarse grid of their own.
+    def __init__(self):
+        super().__init__()
+        learning_to_downsample = nn.Sequential(
+            ConvNorm(3, 32, 3, 2),  # (B, 32, H/2, W/2)
+            separable(32, 48, 2),  # (B, 48, H/4, W/4)
+            separable(48, 64, 2))  # (B, 64, H/8, W/8)
+        self.features = nn.Sequential(learning_to_downsample, GlobalAndFusion())
+
+
+class GlobalAndFusion(nn.Module):
+    """Fast-SCNN's deep branch at stride 32, added to the shallow one at stride 8."""
+
+    def __init__(self):
+        super().__init__()
+        self.bottlenecks = nn.Sequential(
+            *bottlenecks(64, 64, 2),  # (B, 64, H/16, W/16)
+            *bottlenecks(64, 96, 2),  # (B, 96, H/32, W/32)
+            *bottlenecks(96, 128, 1))  # (B, 128, H/32, W/32)
+        self.bins = nn.ModuleDict({str(bins): ConvNorm(128, 32, 1) for bins in (1, 2, 3, 6)})
+        self.pyramid = ConvNorm(256, 128, 1)
+        self.deep = nn.Sequential(ConvNorm(128, 128, 3, groups=128, dilation=4),
+                                  ConvNorm(128, 128, 1, activation_layer=None))
+        self.shallow = ConvNorm(64, 128, 1, activation_layer=None)
+
+    def forward(self, x):
+        """(B, 64, H/8, W/8) -> (B, 128, H/8, W/8)"""
+        deep = self.bottlenecks(x)  # (B, 128, H/32, W/32)
+        pooled = [resize(layer(F.adaptive_avg_pool2d(deep, int(bins))), deep.shape[2:])
+                  for bins, layer in self.bins.items()]  # 4 of (B, 32, H/32, W/32)
+        deep = self.pyramid(torch.cat([deep, *pooled], 1))
+        return F.relu(self.shallow(x) + self.deep(resize(deep, x.shape[2:])))
+
+
+def separable(into, out, stride):
+    """A depthwise separable convolution: each channel alone, then all channels of a pixel."""
+    return nn.Sequential(ConvNorm(into, into, 3, stride, groups=into), ConvNorm(into, out, 1))
+
+
+def bottlenecks(into, out, stride):
+    """Three inverted residuals of MobileNetV2 with expansion 6; the first has the stride."""
+    return [InvertedResidual(into, out, stride, 6),
+            *(InvertedResidual(out, out, 1, 6) for _ in range(2))]
+
+
+def resize(x, size):
+    return F.interpolate(x, size, mode="bilinear")
+
+
+# Constructor, tapped blocks of its `features` (finest first), ImageNet weights. Another one is one
+# more entry; MobileNetV3-Large, for instance (import its two names from torchvision.models):
+#     "mobilenet_v3_large": (mobilenet_v3_large, (6, 12, 16),
+#                            MobileNet_V3_Large_Weights.IMAGENET1K_V2),
+# Block 8 of MobileNetV3-Small is its last one at stride 16, two deeper than the challenge's 6.
+BACKBONES = {
+    "mobilenet_v3_small": (mobilenet_v3_small, (3, 8, 12),
+                           MobileNet_V3_Small_Weights.IMAGENET1K_V1),
+    "efficientnet_b0": (efficientnet_b0, (3, 5, 8), EfficientNet_B0_Weights.IMAGENET1K_V1),
+    "fast_scnn": (FastSCNN, (1,), None)}
+
+# -- Necks and heads
+# Constructors for the tapped maps' channels, finest first, and the neck's width. The FPN makes a
+# level of each map, the others make one of the last map.
+NECKS = {"fpn": FeaturePyramidNetwork,
+         "conv1x1": lambda channels, width: ConvNorm(channels[-1], width, 1),
+         "conv2": lambda channels, width: nn.Sequential(ConvNorm(channels[-1], width, 3),
+                                                        ConvNorm(width, width, 3)),
+         "none": lambda channels, width: nn.Identity()}
+
+
+def make_head(into, hidden, layers):
+    """Hidden layer, ReLU, output layer. Of three layers two are the hidden one, with BatchNorm."""
+    first = nn.Conv2d(into, hidden, 3, padding=1)
+    if layers == 3:
+        first = nn.Sequential(ConvNorm(into, hidden, 3),
+                              ConvNorm(hidden, hidden, 3, activation_layer=None))
+    return nn.Sequential(first, nn.ReLU(), nn.Conv2d(hidden, 46, 1))
+
+
+class OneHead(nn.Module):
+    """Backbone + neck + a head of two layers that emits all three tasks.
+
+    backbone, neck: names in BACKBONES and NECKS; taps: the backbone's blocks that feed the neck,
+    finest first (default: those in the table); width, hidden: channels of neck and hidden layer;
+    head_layers: 2 or 3; head_stride: the stride of the one map that the head reads (default: every
+    level of the neck). Three levels give large objects a coarse grid of their own.
+    OneHead(taps=(3, 6, 12), head_stride=8) is the challenge's reference configuration with
+    1,605,582 parameters. Raises UserError if the backbone lacks a tap or the FPN the stride.
     """
 
-    def __init__(self, taps=(3, 8, 12), width=128, levels=3):
+    def __init__(self, backbone="mobilenet_v3_small", taps=None, neck="fpn", width=128, hidden=128,
+                 head_layers=2, head_stride=None):
         super().__init__()
-        self.arch = {"taps": list(taps), "width": width, "levels": levels}
-        self.features = mobilenet_v3_small(weights=None).features
+        constructor, usual_taps, _ = BACKBONES[backbone]
+        self.features = constructor().features
+        taps = list(taps or usual_taps)
+        if taps != sorted(set(taps) & set(range(len(self.features)))):
+            raise UserError(f"--taps {taps}: {backbone} has the blocks 0 to "
+                            f"{len(self.features) - 1}; name some in ascending order.")
+        self.arch = {"backbone": backbone, "taps": taps, "neck": neck, "width": width,
+                     "hidden": hidden, "head_layers": head_layers, "head_stride": head_stride}
         with torch.no_grad():  # channels and strides are read off a dummy image; eval: BN unmoved
             maps = self.eval().backbone(torch.zeros(1, 3, 64, 64))
-        self.strides = [64 // m.shape[-1] for m in maps[:levels]]  # 8, 16, 32
-        self.fpn = FeaturePyramidNetwork([m.shape[1] for m in maps], width)
-        self.head = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(),
-                                  nn.Conv2d(width, 46, 1))
+        channels = [m.shape[1] for m in maps]
+        self.strides = [64 // m.shape[-1] for m in maps]  # 8, 16, 32
+        if neck == "fpn" and head_stride not in (None, *self.strides):
+            raise UserError(f"--head-stride {head_stride}: the FPN has {self.strides}; take one.")
+        self.read = slice(None)  # of the FPN's levels
+        if neck == "fpn" and head_stride:
+            self.read = slice(self.strides.index(head_stride), self.strides.index(head_stride) + 1)
+        if neck != "fpn" or head_stride:
+            self.strides = [head_stride or self.strides[-1]]
+        self.neck = NECKS[neck](channels, width)
+        self.head = make_head(channels[-1] if neck == "none" else width, hidden, head_layers)
         nn.init.normal_(self.head[2].weight, std=0.01)
         nn.init.zeros_(self.head[2].bias)
         with torch.no_grad():  # sigmoid(bias) = PRIOR: thousands of empty cells must not drown
@@ -62,6 +164,21 @@ class OneHead(nn.Module):
                 maps.append(x)
         return maps
 
+    def levels(self, maps, size, only_coarsest=False):
+        """The tapped maps of images of a size (H, W) -> what the head reads, finest first."""
+        if self.arch["neck"] != "fpn":
+            level = self.neck(maps[-1])
+            return [resize(level, [-(-n // self.strides[0]) for n in size])]
+        if only_coarsest and self.read == slice(None):
+            maps = maps[-1:]  # the coarsest level of an FPN does not depend on the finer ones
+        return list(self.neck(dict(enumerate(maps))).values())[self.read]
+
+    def scene(self, level):
+        """The head on the mean of a level (B, C, h, w), its own neighbour on all sides ->
+        (B, 46, 1, 1)."""
+        mean = level.mean((2, 3), keepdim=True)  # (B, C, 1, 1)
+        return self.head(mean.expand(-1, -1, 3, 3))[..., 1:2, 1:2]
+
     def forward(self, images, tasks=("seg", "det", "cls")):
         """images (B, 3, H, W), normalised -> a dict with the outputs of `tasks`.
 
@@ -74,18 +191,14 @@ class OneHead(nn.Module):
         cls    logits (B, 10), the mean over the coarsest level, the closest to ImageNet's features
         """
         maps = self.backbone(images)  # (B, 24, H/8, W/8), (B, 48, H/16, W/16), (B, 576, H/32, W/32)
-        if set(tasks) == {"cls"} and len(self.strides) == len(maps):
-            maps = maps[-1:]  # the coarsest level of an FPN does not depend on the finer ones
-        levels = list(self.fpn(dict(enumerate(maps))).values())[:len(self.strides)]  # (B, 128, ...)
+        levels = self.levels(maps, images.shape[2:], only_coarsest=set(tasks) == {"cls"})
         maps = [self.head(level) for level in levels]  # (B, 46, H/s, W/s) each
 
         out = {}
         if "seg" in tasks:
-            finest = maps[0].shape[2:]  # (H/8, W/8)
-            scene = levels[-1].mean((2, 3), keepdim=True)  # (B, 128, 1, 1)
-            scene = self.head(scene.expand(-1, -1, 3, 3))[..., 1:2, 1:2]  # its neighbours: itself
-            out["seg"] = scene[:, SEG] + sum(F.interpolate(m[:, SEG], finest, mode="bilinear")
-                                             for m in maps)
+            out["seg"] = sum(resize(m[:, SEG], maps[0].shape[2:]) for m in maps)
+            if len(levels) > 1:
+                out["seg"] = self.scene(levels[-1])[:, SEG] + out["seg"]
         if "det" in tasks:
             rows = torch.cat([m[:, DET].flatten(2) for m in maps], 2).transpose(1, 2)  # (B, N, 15)
             out["cells"] = cells(*images.shape[-2:], tuple(self.strides), images.device)  # (N, 3)
@@ -121,13 +234,15 @@ class OneHead(nn.Module):
         still.
         """
         old = list(range(self.arch["width"]))
-        for block in self.fpn.inner_blocks:
+        for block in self.neck.inner_blocks:
             add_channels(block[0], 0, extra, old)
-        for layer in (*(block[0] for block in self.fpn.layer_blocks), self.head[0]):
-            add_channels(layer, extra, extra, old)
+        for block in self.neck.layer_blocks:
+            add_channels(block[0], extra, extra, old)
+        add_channels(self.head[0], extra, extra, list(range(self.arch["hidden"])))
         rows = [row for task in learned for row in range(46)[ROWS[task]]]
         add_channels(self.head[2], extra, 0, rows)
         self.arch["width"] += extra
+        self.arch["hidden"] += extra
 
     def release(self):
         """Makes what is held ordinary weights again, as files and a stage that shares them want."""
@@ -218,16 +333,28 @@ def detections(rows, floor=0.01, candidates=2000, iou=0.6, most=100):
     return boxes[keep], best[keep], labels[keep]
 
 
+def encode(boxes, cells):
+    """The inverse of `decode` for boxes that have a width and a height."""
+    xy, stride = cells[..., :2], cells[..., 2:]
+    centre = (boxes[..., :2] + boxes[..., 2:]) / 2  # (..., 2)
+    size = (boxes[..., 2:] - boxes[..., :2]).clamp(min=1e-3)  # (..., 2): no logarithm of 0
+    return torch.cat([(centre - xy) / stride, (size / (4 * stride)).log()], -1)
+
+
 # -- Weights and files
 def load_weights(model, weights):
     """Fills the model from "imagenet" (torchvision's backbone), "none", or a file with a state dict
     of the backbone (keys `features.*`) or a model.pt, and fixes the BatchNorm layers loaded. Raises
     UserError if the file is unreadable or of another architecture, or the download fails."""
+    backbone = model.arch["backbone"]
+    _, _, pretrained = BACKBONES[backbone]
     if weights == "none":
         return
+    if weights == "imagenet" and pretrained is None:
+        raise UserError(f"--weights imagenet: {backbone} has none; pass a file or none.")
     if weights == "imagenet":
         try:
-            state = MobileNet_V3_Small_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True)
+            state = pretrained.get_state_dict(check_hash=True)
         except (OSError, RuntimeError) as e:
             raise UserError(f"The ImageNet weights could not be downloaded ({e}): try again, pass "
                             "a file as --weights PATH, or start from scratch with --weights none.")
@@ -240,8 +367,8 @@ def load_weights(model, weights):
             state = {k: v for k, v in state.items() if k.startswith("features.")} | rest
         model.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError):
-        raise UserError(f"--weights {weights}: not this architecture; pass a MobileNetV3-Small "
-                        "backbone or a model.pt.")
+        raise UserError(f"--weights {weights}: not this architecture; pass a file with the "
+                        f"backbone {backbone}, or a model.pt.")
     model.fix_batchnorm({n for n in model.batchnorms() if f"{n}.running_mean" in state})
 
 

@@ -4,6 +4,7 @@
     pytest test_all.py        needs no network and no photos
 """
 import json
+import math
 import os
 import random
 import shutil
@@ -31,8 +32,8 @@ import losses
 import metrics
 import train
 from data import IGNORE, TASKS, MiniSet, UserError, augment, normalise, take
-from model import (CLS, DET, SEG, OneHead, cells, decode, detections, load_model, load_weights,
-                   save_model)
+from model import (BACKBONES, CLS, DET, NECKS, SEG, OneHead, cells, decode, detections, encode,
+                   load_model, load_weights, save_model)
 
 VAL_BOXES = "mini_coco_det/annotations/mini_instances_val2017.json"
 
@@ -400,14 +401,6 @@ def test_mean_and_spread_by_hand():
 
 # -- The model
 
-def encode(boxes, cells):
-    """The inverse of `decode`: boxes xyxy (..., 4) -> tx, ty, tw, th (..., 4)."""
-    stride = cells[..., 2:]
-    centre = (boxes[..., :2] + boxes[..., 2:]) / 2
-    size = boxes[..., 2:] - boxes[..., :2]
-    return torch.cat([(centre - cells[..., :2]) / stride, (size / (4 * stride)).log()], -1)
-
-
 def test_decode_and_encode_are_inverse():
     torch.manual_seed(0)
     grid = square_cells(128)
@@ -422,7 +415,7 @@ def test_outputs_come_from_their_levels():
     torch.manual_seed(0)
     model, images = OneHead().eval(), torch.randn(2, 3, 64, 96)
     out = model(images)
-    levels = model.fpn(dict(enumerate(model.backbone(images)))).values()
+    levels = model.neck(dict(enumerate(model.backbone(images)))).values()
     *_, coarsest = levels
     maps = [model.head(level) for level in levels]
     assert [tuple(m.shape[2:]) for m in maps] == [(8, 12), (4, 6), (2, 3)]
@@ -569,6 +562,33 @@ def test_detection_loss_agrees_with_loops_over_boxes():
             total += F.binary_cross_entropy(row[4].sigmoid(), (1 - distance).clamp(min=0))
     loss = losses.det_loss(det, {"boxes": boxes, "labels": labels}, grid)
     torch.testing.assert_close(loss, total / positives, rtol=1e-4, atol=1e-4)
+
+
+def test_losses_of_offsets_and_the_focal_loss_agree_with_hand_computation():
+    grid, box = square_cells(32, (8,)), torch.tensor([[[16.0, 8, 48, 40]]])  # centre (32, 24)
+    t = torch.zeros(1, 16, 4)
+    t[..., 0] = 3.0  # of the only positive cell, (28, 28): predicted 3, true (32 - 28) / 8 = 0.5
+    det = torch.cat([decode(t, grid), torch.zeros(1, 16, 11)], 2)
+    target = {"boxes": box, "labels": torch.tensor([[4]])}
+    positive = losses.assign(*target.values(), grid)[0] >= 0
+    true = encode(box[0], grid)[positive]  # (P, 4)
+    error = (t[0, positive] - true).abs()
+    smooth = torch.where(error < 1, error.square() / 2, error - 0.5)
+    distance = losses.giou_loss(det[0, positive, :4], box[0])
+    quality = torch.zeros(16)
+    quality[positive] = (1 - distance).clamp(min=0)
+    rest = math.log(10) * positive.sum()  # ten classes that are equally likely
+    for name, boxes in (("mse", error.square()), ("smooth_l1", smooth)):
+        by_hand = 2 * boxes.sum() + rest + 16 * math.log(2)  # at p = 0.5 no target matters
+        loss = losses.det_loss(det, target, grid, name, "bce")
+        torch.testing.assert_close(loss, by_hand / positive.sum(), rtol=1e-3, atol=1e-3)
+    det[..., 4] = 1.0
+    p = torch.sigmoid(det[0, :, 4])
+    sure = p * quality + (1 - p) * (1 - quality)  # (16,)
+    cross_entropy = -quality * p.log() - (1 - quality) * (1 - p).log()
+    by_hand = 2 * distance.sum() + rest + ((1 - sure) * cross_entropy).sum()
+    loss = losses.det_loss(det, target, grid, "giou", "focal")
+    torch.testing.assert_close(loss, by_hand / positive.sum(), rtol=1e-4, atol=1e-4)
 
 
 def test_classification_loss_is_smoothed_by_hand():
@@ -866,7 +886,7 @@ def test_shapes_of_the_outputs_and_channel_map():
     untrained = out["det"][..., 4].sigmoid().mean().item()
     assert untrained == pytest.approx(0.01, rel=0.5)  # the prior
     assert sum(p.numel() for p in model.parameters()) == 1_606_606
-    assert sum(p.numel() for p in OneHead((3, 6, 12), levels=1).parameters()) == 1_605_582
+    assert sum(p.numel() for p in OneHead(taps=(3, 6, 12), head_stride=8).parameters()) == 1_605_582
 
 
 def test_the_rows_of_detection_make_detection_alone():
@@ -915,6 +935,44 @@ def test_output_rows_of_other_tasks_are_bit_identical_after_a_stage(held, new, s
             assert torch.equal(value[rows], before[name][rows]) == (task != new)
 
 
+@pytest.mark.parametrize("report, parameters", [
+    (0, 3_145_934), (1, 1_252_766), (2, 1_605_582), (3, 1_744_462), (4, 1_257_454)])
+def test_parameters_of_the_published_systems(report, parameters):
+    flags = {name: train.REPORTS[report].get(name) for name in train.NETWORK}
+    model = OneHead(**{name: value for name, value in flags.items() if value})
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("neck", NECKS)
+def test_every_backbone_takes_every_neck(backbone, neck):
+    model = OneHead(backbone, neck=neck).eval()
+    out = model(torch.zeros(1, 3, 64, 96))
+    finest = model.strides[0]
+    assert out["seg"].shape == (1, 21, 64 // finest, 96 // finest)
+    assert out["det"].shape[1] == sum(64 // s * 96 // s for s in model.strides)
+    assert out["cls"].shape == (1, 10)
+
+
+@pytest.mark.parametrize("neck", NECKS)
+def test_the_head_reads_one_map_of_the_stride_it_is_given(neck):
+    model = OneHead(neck=neck, head_stride=16).eval()
+    assert model(torch.zeros(1, 3, 64, 96))["seg"].shape[2:] == (4, 6)
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    ({"taps": [3, 99]}, "blocks 0 to 12"), ({"taps": [8, 3]}, "ascending"),
+    ({"taps": [3, 8], "head_stride": 32}, "the FPN has")])
+def test_networks_that_cannot_be_built_end_in_one_sentence(flags, sentence):
+    with pytest.raises(UserError, match=sentence):
+        OneHead(**flags)
+
+
+def test_a_backbone_without_imagenet_weights_says_so():
+    with pytest.raises(UserError, match="fast_scnn has none"):
+        load_weights(OneHead("fast_scnn"), "imagenet")
+
+
 def test_pretrained_backbone_is_loaded_and_its_batchnorm_fixed(tmp_path):
     torch.manual_seed(0)
     state = {f"features.{name}": value + 1 if value.is_floating_point() else value
@@ -927,15 +985,17 @@ def test_pretrained_backbone_is_loaded_and_its_batchnorm_fixed(tmp_path):
     assert not any(layer.training for layer in model.train().batchnorms().values())
 
 
-def test_saved_model_comes_back_whole(tmp_path):
+@pytest.mark.parametrize("report", range(5))
+def test_saved_model_comes_back_whole(report, tmp_path):
     torch.manual_seed(0)
-    model = OneHead((3, 6, 12), levels=1).eval()
+    flags = {name: train.REPORTS[report].get(name) for name in train.NETWORK}
+    model = OneHead(**{name: value for name, value in flags.items() if value}).eval()
     save_model(tmp_path / "model.pt", model, 96, {"cls": ["a", "b"]})
     again, size, classes = load_model(tmp_path / "model.pt")
-    assert (size, classes, again.strides) == (96, {"cls": ["a", "b"]}, [8])
+    assert (size, classes, again.arch) == (96, {"cls": ["a", "b"]}, model.arch)
     assert all_equal(copies(model.state_dict().items()), again.state_dict().items())
     with pytest.raises(UserError, match="not this architecture"):
-        load_weights(OneHead(), str(tmp_path / "model.pt"))
+        load_weights(OneHead("efficientnet_b0"), str(tmp_path / "model.pt"))
 
 
 class Evil:
@@ -1016,7 +1076,7 @@ def test_slower_shared_layers_leave_what_is_not_shared_at_full_speed(own, share_
         model.widen(own, ["seg"])
     groups = train.make_optimizer(model, "det", args, 0.1).param_groups
     shares = {id(p): group["share"] for group in groups for p in group["params"]}
-    expected = {"features": 0.02, "fpn": share_of_neck, "head.0": share_of_neck, "head.2": 1}
+    expected = {"features": 0.02, "neck": share_of_neck, "head.0": share_of_neck, "head.2": 1}
     for name, p in model.named_parameters():
         share = next(share for start, share in expected.items() if name.startswith(start))
         assert shares[id(p)] == pytest.approx(share)
@@ -1118,7 +1178,7 @@ def test_freeze_leaves_backbone_and_its_batchnorm_bit_identical(extent, shapes, 
     before = copies(model.state_dict().items())
     train.train_stage(model, "det", tiny_run)
     same = {name for name, value in model.state_dict().items() if torch.equal(before[name], value)}
-    backbone, neck = ({n for n in before if n.startswith(part)} for part in ("features.", "fpn."))
+    backbone, neck = ({n for n in before if n.startswith(part)} for part in ("features.", "neck."))
     assert backbone <= same
     assert any("running_mean" in name for name in backbone)
     assert (neck <= same) == (extent == "neck")
@@ -1625,6 +1685,9 @@ WRONG_FLAGS = [
     ("--strategy joint+ewc", "joint+ewc: choose none, joint"),
     ("--strategy ewc+ewc", "each once"),
     ("--strategy isolation+ewc", "leave one of them out"),
+    ("--strategy isolation --neck none", "isolation widens an FPN"),
+    ("--report 5", "invalid choice: 5"),
+    ("--neck wide", "invalid choice: 'wide'"),
     ("--ewc-lambda 1 2", "--ewc-lambda: give one value, or three"),
     ("--lwf-weight 1 -2 1", "-2: must be from 0"),
     ("--replay-weight -1", "-1: must be from 0"),
@@ -2114,6 +2177,38 @@ def test_eval_of_a_missing_task_is_an_error(val_alone, finished):
 
 # -- Measuring the machine
 
+@pytest.mark.parametrize("report", range(5))
+def test_every_published_system_runs_and_is_measured_again(report, shapes, tmp_path):
+    flags = tiny_flags(shapes, tmp_path / "run", "--report", str(report))
+    results = train.main(flags)
+    assert results["args"]["strategy"] == train.REPORTS[report]["strategy"]
+    again = train.main(["--eval", str(tmp_path / "run/model.pt"), "--data", str(shapes),
+                        "--device", "cpu"])
+    assert again["seg"] == pytest.approx(results["final"]["seg"])
+
+
+def test_a_flag_counts_more_than_the_report(shapes):
+    args = tiny_args(shapes, "--report", "2", "--strategy", "none", "--width", "64")
+    assert (args.strategy, args.width, args.box_loss, args.taps) == ("none", 64, "mse", [3, 6, 12])
+    assert metrics.row_name(vars(args), train.defaults_for(args)).startswith("none --report 2")
+
+
+def test_confidence_learns_by_bce_before_the_focal_loss(tiny_run, monkeypatch):
+    args = deepcopy(tiny_run.args)
+    args.conf_loss, args.conf_warmup, args.epochs = "focal", 1, [1, 3, 1]
+    seen = []
+
+    def step(*stuff):
+        seen.append(stuff[-1])
+        return 0.0, 0.0
+    monkeypatch.setattr(train, "train_step", step)
+    monkeypatch.setattr(train, "evaluate", lambda *stuff: {})
+    run = train.Run(args)
+    train.train_stage(OneHead(), "det", run)
+    assert list(dict.fromkeys(seen)) == [("giou", "bce"), ("giou", "focal")]
+    assert seen.count(("giou", "bce")) == len(seen) // 3
+
+
 @pytest.mark.parametrize("strategy, width", [("replay", 128), ("replay+lwf+isolation", 256)])
 def test_benchmark_measures_and_writes(strategy, width, shapes, tmp_path, monkeypatch):
     penalised, real = [], train.train_step
@@ -2126,7 +2221,8 @@ def test_benchmark_measures_and_writes(strategy, width, shapes, tmp_path, monkey
     file = tmp_path / "benchmark.json"
     result = train.main(tiny_flags(shapes, file, "--benchmark", "--strategy", strategy))
     assert json.loads(file.read_text()) == json.loads(json.dumps(result))
-    assert result["parameters"] == sum(p.numel() for p in OneHead(width=width).parameters())
+    model = OneHead(width=width, hidden=width)
+    assert result["parameters"] == sum(p.numel() for p in model.parameters())
     assert 0 < result["latency_ms"]["p50"] <= result["latency_ms"]["p95"]
     assert set(result["images_per_s"]) == set(TASKS)
     assert set(penalised) == {("seg", False), ("det", True), ("cls", True)}

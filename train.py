@@ -30,13 +30,29 @@ from forgetting import REMEDIES, STRENGTHS, Replay, build, default_strengths, st
 from losses import task_loss
 from metrics import (NAMES, compare, digest, evaluate, evaluate_saved, judge, latency, load_run,
                      show, write_json)
-from model import OneHead, load_weights, read_checkpoint, save_model, write_checkpoint
+from model import (BACKBONES, NECKS, OneHead, load_weights, read_checkpoint, save_model,
+                   write_checkpoint)
 
 # What depends on the data: shapes are learned from scratch, photos from an ImageNet backbone
 RECIPES = {"shapes": dict(weights="none", image_size=128, epochs=[20, 20, 16],
                           lr=[2e-3, 2e-3, 1e-3], trunk_lr=[1.0, 1.0, 1.0], batch_size=16),
            "photos": dict(weights="imagenet", image_size=320, epochs=[20, 20, 15],
                           lr=[1e-3, 1e-3, 1e-3], trunk_lr=[0.05, 0.2, 0.05], batch_size=8)}
+# Five published systems (see .assets/reports.md) as flags; what they leave open stays as it is
+REPORTS = [
+    dict(strategy="replay+ewc+freeze", taps=[12], neck="conv2", width=256, epochs=[5, 5, 5],
+         box_loss="mse", replay_tasks=["seg"], replay_weight=[1, 1, 0], replay_teacher=[0, 0, 0],
+         ewc_lambda=[5, 0, 0]),
+    dict(strategy="replay", backbone="fast_scnn", neck="none", weights="none", trunk_lr=[1, 1, 1],
+         replay_weight=[1, 1, 1], replay_teacher=[0, 0, 0]),
+    dict(strategy="replay", taps=[3, 6, 12], head_stride=8, epochs=[20, 20, 20], box_loss="mse",
+         replay_tasks=["seg"], replay_batch=4, replay_weight=[0.8, 0.8, 0],
+         replay_teacher=[0, 0, 0]),
+    dict(strategy="ewc", taps=[12], neck="none", head_layers=3, epochs=[30, 30, 15],
+         lr=[5e-4, 5e-4, 1e-4], box_loss="smooth_l1", ewc_lambda=[3, 5, 5]),
+    dict(strategy="ewc", taps=[12], neck="conv1x1", width=160, hidden=160, head_stride=16,
+         epochs=[10, 40, 10], box_loss="smooth_l1", conf_loss="focal", conf_warmup=10)]
+NETWORK = ("backbone", "taps", "neck", "width", "hidden", "head_layers", "head_stride")  # flags
 SHAPES_DIR = ".shapes/v1"  # drawn on first use
 WEIGHT_DECAY = 0.01
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -81,9 +97,29 @@ def make_parser():
     add("--eval", metavar="MODEL", help="measure this model.pt on --data's val split, and stop")
     add("--tasks", nargs="+", choices=[*TASKS, "all"], default=["all"], help="which, of --eval")
     add("--benchmark", action="store_true", help="measure size and speed on this machine, and stop")
+    add("--report", type=int, choices=range(len(REPORTS)), help="the flags of a published system; "
+        "those given besides count")
+    add_network_flags(parser.add_argument_group("network"))
     add_recipe_flags(parser.add_argument_group("training (three values: seg det cls)"))
     add_remedy_flags(parser.add_argument_group("remedies"))
     return parser
+
+
+def add_network_flags(group):
+    add = group.add_argument
+    add("--backbone", choices=BACKBONES, default="mobilenet_v3_small", help="(default: "
+        "%(default)s)")
+    add("--taps", type=numbers(0, kind=int), nargs="+", metavar="BLOCK", help="the backbone's "
+        "blocks that feed the neck, finest first (default: those in model.BACKBONES)")
+    add("--neck", choices=NECKS, default="fpn", help="(default: %(default)s)")
+    add("--width", type=numbers(1, 1024, int), default=128, help="channels of the neck (default: "
+        "%(default)s)")
+    add("--hidden", type=numbers(1, 1024, int), default=128, help="channels of the head's hidden "
+        "layer (default: %(default)s)")
+    add("--head-layers", type=int, choices=[2, 3], default=2, help="3: two hidden ones, with "
+        "BatchNorm (default: %(default)s)")
+    add("--head-stride", type=int, choices=[8, 16, 32], help="of the one map that the head reads "
+        "(default: every level of the neck)")
 
 
 def add_recipe_flags(group):
@@ -95,6 +131,12 @@ def add_recipe_flags(group):
     add("--lr", **three, type=numbers(1e-9), help="peak learning rate of neck and head")
     add("--trunk-lr", **three, type=numbers(0), help="the backbone's share of it")
     add("--batch-size", type=numbers(1, kind=int), help="images a step")
+    add("--box-loss", choices=["giou", "smooth_l1", "mse"], default="giou", help="of detection; "
+        "the last two compare offsets (default: %(default)s)")
+    add("--conf-loss", choices=["bce", "focal"], default="bce", help="of detection; focal has "
+        "gamma 1 (default: %(default)s)")
+    add("--conf-warmup", type=numbers(0, kind=int), default=0, metavar="EPOCHS", help="of bce "
+        "before focal (default: %(default)s)")
     add("--bn", choices=["fixed", "live"], default="fixed", help="live: BatchNorm statistics "
         "follow every stage's images, which forgets (default: %(default)s)")
 
@@ -127,12 +169,18 @@ def defaults_for(args):
     strengths of the remedies on the strategy and the initial weights."""
     recipe = RECIPES["shapes" if args.data == SHAPES_DIR else "photos"]
     strengths = default_strengths(args.strategy, args.weights or recipe["weights"])
-    return vars(make_parser().parse_args([])) | recipe | strengths
+    report = REPORTS[args.report] if args.report is not None else {}
+    return vars(make_parser().parse_args([])) | recipe | strengths | report
 
 
 def parse(argv):
     parser = make_parser()
     args = parser.parse_args(argv)
+    if args.report is not None:
+        parser.set_defaults(**REPORTS[args.report])
+        args = parser.parse_args(argv)
+    if "isolation" in args.strategy and (args.neck, args.head_layers) != ("fpn", 2):
+        parser.error("--strategy: isolation widens an FPN and a head of two layers, no others")
     if args.image_size and args.image_size % 32:
         parser.error(f"--image-size {args.image_size}: must be a multiple of 32, the last stride")
     out = Path(args.out or "")
@@ -168,7 +216,7 @@ def find_data(name):
 def new_model(args):
     """The untrained model: the same for every training of one seed."""
     torch.manual_seed(args.seed)
-    model = OneHead()
+    model = OneHead(**{name: getattr(args, name) for name in NETWORK})
     load_weights(model, args.weights)
     return model.to(args.device, memory_format=torch.channels_last)
 
@@ -199,13 +247,14 @@ def learning_rate(step, total, peak):
     return peak * min(step / (0.05 * total), 0.5 + 0.5 * math.cos(math.pi * step / total))
 
 
-def train_step(model, task, batch, remedies, optimizer, scaler):
-    """One update -> (loss of the task, sum of the remedies' penalties), two numbers."""
+def train_step(model, task, batch, remedies, optimizer, scaler, losses=()):
+    """One update -> (loss of the task, sum of the remedies' penalties), two numbers. losses:
+    box_loss and conf_loss of `losses.det_loss`."""
     images, target = batch
     wanted = {task, *(old for remedy in remedies for old in remedy.wants(task))}
     with torch.autocast(images.device.type, torch.float16, enabled=scaler.is_enabled()):
         out = model(images, wanted)
-        loss = task_loss(task, out, target)
+        loss = task_loss(task, out, target, *losses)
         penalty = loss.new_zeros(()) + sum(r.penalty(task, model, images, out) for r in remedies)
     optimizer.zero_grad()
     scaler.scale(loss + penalty).backward()
@@ -219,13 +268,14 @@ def train_epoch(model, task, run, remedies, optimizer, scaler, epoch):
     UserError, naming the images, if the loss is not finite."""
     args, stage, samples, sums = run.args, TASKS.index(task), run.train[task], np.zeros(2)
     batches = torch.randperm(len(samples), device=args.device).cpu().split(args.batch_size)
+    losses = args.box_loss, args.conf_loss if epoch > args.conf_warmup else "bce"
     model.train()
     for step, indices in enumerate(batches, (epoch - 1) * len(batches) + 1):
         lr = learning_rate(step, args.epochs[stage] * len(batches), args.lr[stage])
         for group in optimizer.param_groups:
             group["lr"] = lr * group["share"]
         batch = augment(*take(samples.batch, indices, args.device))
-        sums += train_step(model, task, batch, remedies, optimizer, scaler)
+        sums += train_step(model, task, batch, remedies, optimizer, scaler, losses)
         if not np.isfinite(sums).all():
             names = ", ".join(str(samples.paths[i]) for i in indices.tolist())
             raise UserError(f"{task}, epoch {epoch}: the loss is not finite on the images {names}; "
@@ -323,7 +373,8 @@ def train_alone(task, run):
     hashes all that influences it; one that cannot be read is replaced."""
     args, stage = run.args, TASKS.index(task)
     key = [task, args.epochs[stage], args.lr[stage], args.trunk_lr[stage], run.data, args.seed,
-           args.image_size, args.batch_size, args.device, args.eval_every, run.surroundings]
+           args.image_size, args.batch_size, args.device, args.eval_every, run.surroundings,
+           args.box_loss, args.conf_loss, args.conf_warmup, *(getattr(args, n) for n in NETWORK)]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     file = Path(args.out).parent / ".baselines" / f"{task}-{name}.pt"
     try:

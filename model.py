@@ -137,13 +137,14 @@ class OneHead(nn.Module):
             maps = self.eval().backbone(torch.zeros(1, 3, 64, 64))
         channels = [m.shape[1] for m in maps]
         self.strides = [64 // m.shape[-1] for m in maps]  # 8, 16, 32
-        if neck == "fpn" and head_stride not in (None, *self.strides):
-            raise UserError(f"--head-stride {head_stride}: the FPN has {self.strides}; take one.")
-        self.read = slice(None)  # of the FPN's levels
-        if neck == "fpn" and head_stride:
-            self.read = slice(self.strides.index(head_stride), self.strides.index(head_stride) + 1)
-        if neck != "fpn" or head_stride:
+        self.read = slice(None)  # the levels of the FPN that the head reads
+        if neck != "fpn":
             self.strides = [head_stride or self.strides[-1]]
+        elif head_stride not in (None, *self.strides):
+            raise UserError(f"--head-stride {head_stride}: the FPN has {self.strides}; take one.")
+        elif head_stride:
+            level = self.strides.index(head_stride)
+            self.read, self.strides = slice(level, level + 1), [head_stride]
         self.neck = NECKS[neck](channels, width)
         self.head = make_head(channels[-1] if neck == "none" else width, hidden, head_layers)
         nn.init.normal_(self.head[2].weight, std=0.01)

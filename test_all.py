@@ -1775,6 +1775,7 @@ def test_strengths_follow_strategy_and_weights(flags, expected, empty_cwd):
 def test_a_run_is_named_by_strategy_and_seed(empty_cwd, monkeypatch):
     monkeypatch.setattr(train, "run", lambda args: args.out)
     assert train.main(["--strategy", "ewc", "--seed", "4"]) == "runs/ewc-seed4"
+    assert train.main(["--report", "2"]) == "runs/report2-replay-seed0"
     assert train.main(["--out", "mine"]) == "mine"
 
 

@@ -87,8 +87,8 @@ def make_parser():
     add("--strategy", type=strategy, default="replay", help="against forgetting: none, any of "
         f"{', '.join(REMEDIES)} joined by +, or joint: all tasks at once (default: %(default)s)")
     add("--data", help="folder of the mini-sets, or 'shapes' (default: data/ if it is prepared)")
-    add("--out", help="folder of this run (default: runs/STRATEGY-seedN; -seedN is appended where "
-        "there are several seeds); with --eval or --benchmark the JSON file to write")
+    add("--out", help="folder of this run (default: runs/[reportN-]STRATEGY-seedN; -seedN is "
+        "appended where there are several seeds); with --eval or --benchmark the JSON file to write")
     add("--seed", type=numbers(0, 2**32, int), nargs="+", default=[0], help="fixes everything "
         "random; several make a run each (default: 0)")
     add("--device", choices=DEVICES, default=DEVICES[-1], help="(default: %(default)s)")
@@ -550,7 +550,8 @@ def main(argv=None):
             return evaluate_saved(args)
         if args.benchmark:
             return benchmark(args)
-        results, out = [], args.out or f"runs/{args.strategy}"
+        report = "" if args.report is None else f"report{args.report}-"
+        results, out = [], args.out or f"runs/{report}{args.strategy}"
         for seed in dict.fromkeys(args.seed):
             folder = out if args.out and len(args.seed) == 1 else f"{out}-seed{seed}"
             results.append(run(argparse.Namespace(**{**vars(args), "seed": seed, "out": folder})))

@@ -88,7 +88,7 @@ def make_parser():
         f"{', '.join(REMEDIES)} joined by +, or joint: all tasks at once (default: %(default)s)")
     add("--data", help="folder of the mini-sets, or 'shapes' (default: data/ if it is prepared)")
     add("--out", help="folder of this run (default: runs/[reportN-]STRATEGY-seedN; -seedN is "
-        "appended where there are several seeds); with --eval or --benchmark the JSON file to write")
+        "appended where there are several seeds); with --eval or --benchmark a JSON file to write")
     add("--seed", type=numbers(0, 2**32, int), nargs="+", default=[0], help="fixes everything "
         "random; several make a run each (default: 0)")
     add("--device", choices=DEVICES, default=DEVICES[-1], help="(default: %(default)s)")

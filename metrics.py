@@ -2,18 +2,22 @@
 
 Every number is computed once over a whole split, never averaged over batches or images.
 """
+import argparse
 import contextlib
 import hashlib
 import json
 import os
 import statistics
 import sys
+import textwrap
 import time
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -228,9 +232,10 @@ def mean_and_spread(values, style):
     return text + f" ({len(known)} of {len(values)})" * (len(known) < len(values))
 
 
-def compare(folders):
+def compare(folders, picture=None):
     """Runs -> a Markdown table: for each data set and device a row of the baselines, then one for
-    each setting: how many seeds pass, final scores and drops, as mean ± std over its seeds."""
+    each setting: how many seeds pass, final scores and drops, as mean ± std over its seeds.
+    picture: a file for `draw_comparison`."""
     groups = {}  # {(data, device): (baselines, runs)}, each {name: {seed: results}}
     for folder in folders:
         try:
@@ -245,6 +250,8 @@ def compare(folders):
             rows.setdefault(name, {})[args["seed"]] = results  # of two alike the last counts
     if not groups:
         raise UserError("No finished run among the folders; pass some, as in runs/*.")
+    if picture:
+        draw_comparison(groups, picture)
     drops = [f"{name} drop" for name in NAMES.values()]
     lines = [["run", "passed", *NAMES.values(), *drops], ["---"] * 8]
     for baselines, named in groups.values():
@@ -283,6 +290,138 @@ def write_json(path, value):
     part.replace(path)
 
 
+# -- Pictures: charts are drawn in double size and reduced at the end, which smooths their lines
+LONG = {"seg": "segmentation", "det": "detection", "cls": "classification"}
+COLOUR = {"seg": "#0072B2", "det": "#D55E00", "cls": "#009E73"}  # the colour-blind tell them apart
+SIGN = {"seg": 24, "det": 4, "cls": 3}  # corners of a task's sign: disc, square, triangle
+GREY, PALE = "#666666", "#DDDDDD"
+
+
+def write(draw, at, text, anchor="lm", colour="black", size=28):
+    """Text with its left, middle or right (l, m, r) and top, middle or bottom (t, m, b) at `at`."""
+    draw.text(at, text, colour, ImageFont.load_default(size), anchor, align="right")
+
+
+def axes(draw, area, across, up):
+    """A frame with grid lines -> the function from two values to a pixel. area: left, top, right,
+    bottom in pixels; across, up: (lowest value, highest, {value: text at its grid line})."""
+    left, top, right, bottom = area
+
+    def place(x, y):
+        x, y = ((v - low) / (high - low) for v, (low, high, _) in ((x, across), (y, up)))
+        return left + x * (right - left), bottom - y * (bottom - top)
+    for value, text in across[2].items():
+        x = place(value, up[0])[0]
+        draw.line([x, top, x, bottom], PALE, 2)
+        write(draw, (x, bottom + 12), text, "mt")
+    for value, text in up[2].items():
+        y = place(across[0], value)[1]
+        draw.line([left, y, right, y], PALE, 2)
+        write(draw, (left - 14, y), text, "rm")
+    draw.rectangle(area, outline=GREY, width=2)
+    return place
+
+
+def dashed(draw, start, end, colour):
+    """A line of dashes, each about 14 pixels long."""
+    dashes = int(np.hypot(*np.subtract(end, start)) / 28) + 1
+    points = np.linspace(start, end, 2 * dashes)  # (2·dashes, 2)
+    for a, b in zip(points[::2], points[1::2]):
+        draw.line([*a, *b], colour, 4)
+
+
+def sign(draw, at, task, radius=11):
+    """The task's sign, framed in white, so that signs on top of each other stay apart."""
+    for r, colour in ((radius + 4, "white"), (radius, COLOUR[task])):
+        draw.regular_polygon((*at, r), SIGN[task], fill=colour)
+
+
+def legend(draw, x, y, dashes):
+    """One line: the tasks' signs, and what a dashed line means."""
+    for task in TASKS:
+        draw.line([x, y, x + 60, y], COLOUR[task], 6)
+        sign(draw, (x + 30, y), task)
+        write(draw, (x + 76, y), f"{NAMES[task]} ({LONG[task]})")
+        x += 470
+    dashed(draw, (x, y), (x + 70, y), GREY)
+    write(draw, (x + 86, y), dashes)
+
+
+def draw_curves(results, file):
+    """A run's picture, 1,200 pixels wide: all scores over the epochs of its stages, and below them
+    the losses."""
+    rows, tasks = list(enumerate(results["history"], 1)), {}
+    canvas = Image.new("RGB", (2400, 1720), "white")
+    draw, end = ImageDraw.Draw(canvas), len(rows)
+    top = 1.05 * max(max(row["loss"], row["penalty"]) for _, row in rows)
+    epochs = 0, end, {x: str(x) for x in range(0, end + 1, 5 + end // 100 * 5 if end > 15 else 1)}
+    heights = 0, top, {y: str(y) for y in range(0, int(top) + 1, 1 + int(top) // 6)}
+    legend(draw, 130, 50, "95 % of a task's baseline")
+    write(draw, (2360, 1690), "epoch", "rm")
+    write(draw, (130, 1070), "loss of the stage's task (coloured), penalty of the remedies (grey)")
+    fifths = 0, 1, {y / 5: str(y / 5) for y in range(6)}
+    scores = axes(draw, (130, 150, 2360, 960), epochs, fifths)
+    losses = axes(draw, (130, 1100, 2360, 1630), epochs, heights)
+    for epoch, row in reversed(rows):
+        tasks[row["task"]] = row["stage"], epoch - 1  # in the end: where its stage starts
+    for task, (stage, start) in tasks.items():
+        for place, high in ((scores, 1), (losses, top)):
+            draw.line([place(start, 0), place(start, high)], GREY, 4)
+        title = "all tasks at once" if len(tasks) == 1 else f"Stage {stage}: {LONG[task]}"
+        write(draw, (scores(start, 1)[0], 124), title)
+        for key, colour, width in (("penalty", GREY, 4), ("loss", COLOUR[task], 6)):
+            points = [losses(epoch, row[key]) for epoch, row in rows if row["task"] == task]
+            draw.line(points, colour, width, "curve")
+    for k, task in enumerate(TASKS):
+        left, y = scores(0, (1 - MAX_DROP) * results["baseline"][task])
+        dashed(draw, (left, y), (2360, y), COLOUR[task])
+        sign(draw, (left + 30 + 30 * k, y), task, 8)
+    for task in TASKS:
+        points = [scores(epoch, row[task]) for epoch, row in rows if task in row]
+        draw.line(points, COLOUR[task], 6, "curve")
+        for at in points:
+            sign(draw, at, task)
+    canvas.reduce(2).save(file)
+
+
+def draw_comparison(groups, file):
+    """The picture of `compare`, 1,200 pixels wide: what share of its baseline each task keeps in
+    the end, as mean and standard deviation over the seeds; one never learned has no sign."""
+    settings = {}  # {text: runs}
+    for (_, device), (_, named) in groups.items():
+        for name, runs in named.items():
+            runs = list(runs.values())
+            where = f", on {runs[0]['data']['folder']}, {device}" if len(groups) > 1 else ""
+            text = f"{name}{where} (seeds: {len(runs)})"
+            settings["\n".join(textwrap.wrap(text, 36, max_lines=3))] = runs
+    bottom, shares = 160 + 130 * len(settings), {}  # {(row, task): (mean, deviation)}
+    for (row, runs), task in product(enumerate(settings.values()), TASKS):
+        kept = [1 - r["drop"][task] for r in runs if r["drop"][task] is not None]
+        if kept:
+            spread = statistics.stdev(kept) if len(kept) > 1 else 0.0
+            shares[row, task] = statistics.mean(kept), spread
+    high = max([1.1, *(mean + spread + 0.03 for mean, spread in shares.values())])
+    canvas = Image.new("RGB", (2400, bottom + 110), "white")
+    draw = ImageDraw.Draw(canvas)
+    legend(draw, 130, 50, "95 %")
+    title = "final score as a share of the task's baseline; bars: standard deviation over the seeds"
+    write(draw, (2340, bottom + 80), title, "rm")
+    percents = {p / 100: f"{p} %" for p in range(0, int(100 * high) + 1, 10 if high < 1.6 else 50)}
+    middles = {len(settings) - row - 0.5: text for row, text in enumerate(settings)}
+    place = axes(draw, (620, 110, 2340, bottom), (0, high, percents), (0, len(settings), middles))
+    draw.line([place(1, 0), place(1, len(settings))], GREY, 4)
+    dashed(draw, place(0.95, 0), place(0.95, len(settings)), GREY)
+    for (row, task), (mean, spread) in shares.items():
+        y = len(settings) - row - 0.25 - 0.25 * TASKS.index(task)
+        draw.line([place(max(0, mean - spread), y), place(mean + spread, y)], COLOUR[task], 5)
+        sign(draw, place(mean, y), task)
+    canvas.reduce(2).save(file)
+
+
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # not every console knows ±
-    print(compare(sys.argv[1:] or sys.exit("usage: python metrics.py RUN [RUN ...]")))
+    parser = argparse.ArgumentParser(description="Compares finished runs: a table and a picture.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders, as in runs/*")
+    parser.add_argument("--out", default="comparison.png", help="(default: %(default)s)")
+    args = parser.parse_args()
+    print(f"{compare(args.runs, args.out)}\n\nThe picture is {args.out}")

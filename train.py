@@ -28,8 +28,8 @@ from torch.nn.utils import parametrize
 from data import FOLDERS, TASKS, MiniSet, UserError, augment, take, write_shapes
 from forgetting import REMEDIES, STRENGTHS, Replay, build, default_strengths, strategy
 from losses import task_loss
-from metrics import (NAMES, compare, digest, evaluate, evaluate_saved, judge, latency, load_run,
-                     show, write_json)
+from metrics import (NAMES, compare, digest, draw_curves, evaluate, evaluate_saved, judge, latency,
+                     load_run, show, write_json)
 from model import OneHead, load_weights, read_checkpoint, save_model, write_checkpoint
 
 # What depends on the data: shapes are learned from scratch, photos from an ImageNet backbone
@@ -76,8 +76,8 @@ def make_parser():
     add("--seed", type=numbers(0, 2**32, int), nargs="+", default=[0], help="fixes everything "
         "random; several make a run each (default: 0)")
     add("--device", choices=DEVICES, default=DEVICES[-1], help="(default: %(default)s)")
-    add("--eval-every", type=numbers(0, kind=int), default=0, metavar="N", help="epochs between "
-        "measurements, for display (default: a stage's end)")
+    add("--eval-every", type=numbers(0, kind=int), default=5, metavar="N", help="epochs between "
+        "measurements, for curves.png; 0: only at a stage's end (default: %(default)s)")
     add("--eval", metavar="MODEL", help="measure this model.pt on --data's val split, and stop")
     add("--tasks", nargs="+", choices=[*TASKS, "all"], default=["all"], help="which, of --eval")
     add("--benchmark", action="store_true", help="measure size and speed on this machine, and stop")
@@ -410,10 +410,11 @@ def finish(run, baselines, model, history):
         "baseline": {t: baselines[t]["history"][-1][t] for t in TASKS},
         "map_50_95": history[-1]["map_50_95"], "history": history}
     judge(results)
+    draw_curves(results, Path(args.out) / "curves.png")
     write_json(Path(args.out) / "results.json", results)
     for file in stages_of(args):
         file.unlink()
-    print(f"\n{show(results)}\nresults.json and model.pt are in {args.out}")
+    print(f"\n{show(results)}\nresults.json, model.pt and the pictures are in {args.out}")
     return results
 
 

@@ -17,11 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from data import FOLDERS, IGNORE, TASKS, MiniSet, UserError, normalise, take
+from data import FOLDERS, IGNORE, SHAPES, TASKS, MiniSet, UserError, normalise, open_image, take
 from model import detections, load_model
 
 NAMES = {"seg": "mIoU", "det": "mAP@50", "cls": "Top-1"}
@@ -416,6 +418,115 @@ def draw_comparison(groups, file):
         draw.line([place(max(0, mean - spread), y), place(mean + spread, y)], COLOUR[task], 5)
         sign(draw, place(mean, y), task)
     canvas.reduce(2).save(file)
+
+
+# -- What a model sees: found = {"seg": mask (H, W) uint8, "det": [(box xyxy, name, score)], best
+# first, "cls": (name, probability)}, all in pixels of the photo. The truth has None for a score.
+SHOWN = 0.3  # boxes below this score are left out
+PALETTE = [sum((c >> 3 * j + k & 1) << 7 - j for j in range(3)) for c in range(256)
+           for k in range(3)]  # VOC's colours: red, green, blue of each class
+
+
+@torch.no_grad()
+def look_at(photo, model, size, classes):
+    """What a model finds in an RGB photo -> found. size: pixels a side that the model sees."""
+    model.eval()
+    image = pil_to_tensor(photo.resize((size, size), Image.BILINEAR))[None]  # (1, 3, size, size)
+    out = model(normalise(image.to(next(model.parameters()).device)))
+    shape = [-(-n // max(1, max(photo.size) / 1024)) for n in photo.size[::-1]]  # saves memory
+    logits = F.interpolate(out["seg"], [int(n) for n in shape], mode="bilinear")  # (1, 21, H, W)
+    mask = Image.fromarray(logits[0].argmax(0).byte().cpu().numpy())
+    rows = out["det"][0, :, :5 + len(classes["det"])].cpu()  # no class without a name
+    boxes, scores, labels = detections(rows, SHOWN)
+    right_bottom = torch.tensor(2 * photo.size)
+    boxes = (boxes * right_bottom / size).clamp(min=0).minimum(right_bottom)  # (K, 4)
+    names = [classes["det"][label] for label in labels.tolist()]
+    chances = out["cls"][0, :len(classes["cls"])].softmax(0)
+    return {"seg": np.array(mask.resize(photo.size, Image.NEAREST)),
+            "det": list(zip(boxes.tolist(), names, scores.tolist())),
+            "cls": (classes["cls"][chances.argmax()], chances.max().item())}
+
+
+def mask_names(classes):
+    """The names of a mask's classes; shapes are stored like VOC, but called what they are."""
+    return ["background", *SHAPES] if classes["det"] == SHAPES else classes["seg"]
+
+
+def tag(draw, at, text, size, taken):
+    """White text on black whose left bottom is `at`, moved to where all of it is seen, and up or
+    down to where no other one is; left out where that is too far. taken: corners of the other ones."""
+    font, (right, bottom) = ImageFont.load_default(size), draw.im.size
+    *_, width, height = (int(v) + 5 for v in draw.textbbox((0, 0), text, font))
+    x = max(0, min(at[0], right - width))
+    for line in (0, 1, -1, 2, -2):
+        y = max(0, min(at[1] + line * height, bottom) - height)
+        corners = x, y, x + width, y + height
+        if all(x >= x2 or y >= y2 or corners[2] <= x1 or corners[3] <= y1
+               for x1, y1, x2, y2 in taken):
+            taken.append(corners)
+            draw.rectangle(corners, "black")
+            draw.text((x + 2, y + 1), text, "white", font)
+            return
+
+
+def annotated(photo, found, names, side):
+    """A copy of an RGB photo, its longer side `side` pixels, with whatever is in `found` drawn onto
+    it. names: those of the mask's classes."""
+    picture, tags = ImageOps.contain(photo, (side, side)), []
+    image, scale = pil_to_tensor(picture), picture.width / photo.width  # (3, H, W)
+    if "seg" in found:
+        mask = Image.fromarray(found["seg"]).resize(picture.size, Image.NEAREST)
+        mask = torch.from_numpy(np.array(mask))  # (H, W)
+        there = [c for c in mask.unique().tolist() if c not in (0, IGNORE)]
+        for c in there:
+            image = draw_segmentation_masks(image, mask == c, 0.6, tuple(PALETTE[3 * c:3 * c + 3]))
+            y, x = (mask == c).nonzero().float().mean(0).tolist()
+            tags.append(((x, y), names[c]))
+    if found.get("det"):
+        boxes = torch.tensor([box for box, *_ in found["det"]]) * scale  # (K, 4)
+        for colour, width in (("black", 4), ("white", 2)):
+            width = width * (1 + side // 1000)
+            image = draw_bounding_boxes(image, boxes, colors=colour, width=width)
+        for corner, (_, name, score) in zip(boxes[:, :2].tolist(), found["det"]):
+            tags.append((corner, name if score is None else f"{name} {score:.2f}"))
+    if "cls" in found:
+        name, chance = found["cls"]
+        tags.append(((0, side), name if chance is None else f"class {name} {chance:.2f}"))
+    picture, taken = to_pil_image(image), []
+    for at, text in tags:
+        tag(ImageDraw.Draw(picture), at, text, max(12, side // 45), taken)
+    return picture
+
+
+def examples(splits, classes, model=None, side=200):
+    """Two val images of each task with what the model finds, or without a model the truth -> six
+    pictures. Always the same ones: they show what a stage has learned and forgotten."""
+    pictures = []
+    for task, i in ((task, len(splits[task]) * k // 7) for task in TASKS for k in (2, 5)):
+        split = splits[task]
+        photo, truth = open_image(split.paths[i]).convert("RGB"), split.truth[i]
+        if model:
+            found = look_at(photo, model, split.batch[0].shape[-1], classes)[task]
+        elif task == "det":
+            found = [(box["xyxy"], box["name"], None) for box in truth["boxes"]]
+        else:
+            found = truth if task == "seg" else (classes["cls"][truth], None)
+        pictures.append(annotated(photo, {task: found}, mask_names(classes), side))
+    return pictures
+
+
+def draw_examples(strips, file, side=200):
+    """predictions.png. strips: {text at the left: pictures of `examples`}, from top to bottom."""
+    canvas = Image.new("RGB", (150 + 6 * (side + 8), 30 + len(strips) * (side + 8)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for k, task in enumerate(TASKS):
+        write(draw, (150 + 2 * k * (side + 8), 16), LONG[task], size=16)
+    for row, (text, pictures) in enumerate(strips.items()):
+        y = 30 + row * (side + 8)
+        write(draw, (138, y + side / 2), text, "rm", size=16)
+        for column, picture in enumerate(pictures):
+            canvas.paste(picture, (150 + column * (side + 8), y + (side - picture.height) // 2))
+    canvas.save(file)
 
 
 if __name__ == "__main__":

@@ -1838,7 +1838,9 @@ def test_a_run_interrupted_again_and_again_ends_bit_identical(shapes, tmp_path, 
     assert 3 <= interruptions < 30
     assert_same_run(tmp_path / "cut/run", tmp_path / "whole/run")
     left = {path.name for path in (tmp_path / "cut/run").iterdir()}
-    assert left == {"args.json", "results.json", "model.pt"}
+    assert left == {"args.json", "results.json", "model.pt", "curves.png", "predictions.png"}
+    pictures = [(tmp_path / way / "run/predictions.png").read_bytes() for way in ("cut", "whole")]
+    assert pictures[0] == pictures[1]
 
 
 def test_a_killed_process_loses_nothing(shapes, finished, tmp_path, capsys):
@@ -2041,7 +2043,7 @@ def test_a_console_that_lacks_a_sign_gets_another(two_seeds):
     out, _ = two_seeds
     command = [sys.executable, metrics.__file__, f"{out}-seed0", f"{out}-seed1"]
     said = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": "ascii"}, text=True,
-                          capture_output=True, encoding="ascii")
+                          capture_output=True, encoding="ascii", cwd=out.parent)
     assert said.returncode == 0
     assert " ? " in said.stdout  # for ±
 

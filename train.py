@@ -28,8 +28,8 @@ from torch.nn.utils import parametrize
 from data import FOLDERS, TASKS, MiniSet, UserError, augment, take, write_shapes
 from forgetting import REMEDIES, STRENGTHS, Replay, build, default_strengths, strategy
 from losses import task_loss
-from metrics import (NAMES, compare, digest, draw_curves, evaluate, evaluate_saved, judge, latency,
-                     load_run, show, write_json)
+from metrics import (NAMES, compare, digest, draw_curves, draw_examples, evaluate, evaluate_saved,
+                     examples, judge, latency, load_run, show, write_json)
 from model import OneHead, load_weights, read_checkpoint, save_model, write_checkpoint
 
 # What depends on the data: shapes are learned from scratch, photos from an ImageNet backbone
@@ -341,7 +341,7 @@ def train_alone(task, run):
 
 def run_sequence(run):
     """The protocol: for each stage train, measure every task, remember -> (model, history)."""
-    args, remedies, history = run.args, build(run.args), []
+    args, remedies, history, strips = run.args, build(run.args), [], {}
     model = new_model(args)
     if args.bn == "live":
         model.free_batchnorm()
@@ -361,11 +361,14 @@ def run_sequence(run):
         save_model(Path(args.out) / "model.pt", model, args.image_size, run.classes)
         print(f"after stage {stage + 1}: "
               + ", ".join(f"{NAMES[t]} {history[-1][t]:.3f}" for t in TASKS), flush=True)
+        strips[f"after Stage {stage + 1}"] = examples(run.val, run.classes, model)
         if task != TASKS[-1]:
             start = time.perf_counter()
             for remedy in remedies:
                 remedy.remember(task, model, run.train[task])
             history[-1]["seconds"] += time.perf_counter() - start
+    strips["truth"] = examples(run.val, run.classes)
+    draw_examples(strips, Path(args.out) / "predictions.png")
     return model, history
 
 
@@ -388,6 +391,9 @@ def run_joint(run):
     model = new_model(args)
     history = train_stage(model, "seg", run, others, file=Path(args.out) / "stage1.pt")
     save_model(Path(args.out) / "model.pt", model, args.image_size, run.classes)
+    strips = {"all at once": examples(run.val, run.classes, model),
+              "truth": examples(run.val, run.classes)}
+    draw_examples(strips, Path(args.out) / "predictions.png")
     return model, history
 
 

@@ -420,8 +420,9 @@ def draw_comparison(groups, file):
     canvas.reduce(2).save(file)
 
 
-# -- What a model sees: found = {"seg": mask (H, W) uint8, "det": [(box xyxy, name, score)], best
-# first, "cls": (name, probability)}, all in pixels of the photo. The truth has None for a score.
+# -- What a model sees: found = {"seg": mask (H, W), "det": [(box xyxy, name, score)], best first,
+# "cls": (name, probability)}, all in pixels of the photo. The truth has None for a score.
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 SHOWN = 0.3  # boxes below this score are left out
 PALETTE = [sum((c >> 3 * j + k & 1) << 7 - j for j in range(3)) for c in range(256)
            for k in range(3)]  # VOC's colours: red, green, blue of each class
@@ -454,7 +455,7 @@ def mask_names(classes):
 
 def tag(draw, at, text, size, taken):
     """White text on black whose left bottom is `at`, moved to where all of it is seen, and up or
-    down to where no other one is; left out where that is too far. taken: corners of the other ones."""
+    down to where no other one is; left out where that is too far. taken: the others' corners."""
     font, (right, bottom) = ImageFont.load_default(size), draw.im.size
     *_, width, height = (int(v) + 5 for v in draw.textbbox((0, 0), text, font))
     x = max(0, min(at[0], right - width))
@@ -527,6 +528,55 @@ def draw_examples(strips, file, side=200):
         for column, picture in enumerate(pictures):
             canvas.paste(picture, (150 + column * (side + 8), y + (side - picture.height) // 2))
     canvas.save(file)
+
+
+def photos_of(paths):
+    """Files, and the images in folders and their subfolders, sorted. Raises UserError if none."""
+    found = []
+    for path in map(Path, paths):
+        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
+        found += [p for p in inside if p == path or p.is_file() and p.suffix.lower() in IMAGES]
+    if not found:
+        raise UserError("--predict: no photo; name files or folders with some behind the model.")
+    return found
+
+
+def predict(args):
+    """Looks with the model of `--predict` at photos -> the list that it writes as JSON, beside an
+    annotated copy and a mask of each photo. Unreadable ones are skipped and named."""
+    (file, *paths), out = args.predict, Path(args.out or "predictions")
+    (model, size, classes), photos, rows = load_model(file), photos_of(paths), {}
+    if any(out.resolve() in path.resolve().parents for path in photos):
+        raise UserError(f"--out {out}: there are photos to look at; name another folder.")
+    (out / "masks").mkdir(parents=True, exist_ok=True)
+    model, names = model.to(args.device, memory_format=torch.channels_last), mask_names(classes)
+    for path in photos:
+        try:
+            photo = ImageOps.exif_transpose(open_image(path)).convert("RGB")
+        except (UserError, OSError, ValueError) as e:
+            print(f"skipped {e}")
+            continue
+        found, name = look_at(photo, model, size, classes), path.stem
+        while f"{name}.png" in rows:  # of another folder
+            name += "-2"
+        annotated(photo, found, names, max(480, *photo.size)).save(out / f"{name}.png")
+        mask = Image.fromarray(found["seg"])
+        mask.putpalette(PALETTE)
+        mask.save(out / "masks" / f"{name}.png")
+        pixels = np.bincount(found["seg"].flatten()) / found["seg"].size
+        shares = {names[c]: pixels[c].item() for c in pixels.nonzero()[0]}
+        boxes = [dict(zip(("xyxy", "label", "score"), box)) for box in found["det"]]
+        label, chance = found["cls"]
+        rows[f"{name}.png"] = {"photo": str(path), "copy": f"{name}.png", "width": photo.width,
+                               "height": photo.height, "boxes": boxes, "pixels": shares,
+                               "class": {"label": label, "probability": chance}}
+        print(f"{path}: class {label} {chance:.2f}; boxes: "
+              + (", ".join(f"{box['label']} {box['score']:.2f}" for box in boxes) or "none")
+              + "; pixels: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
+    write_json(out / "predictions.json", list(rows.values()))
+    print(f"{len(rows)} of {len(photos)} photos: annotated copies, masks/ and predictions.json are "
+          f"in {out}")
+    return list(rows.values())
 
 
 if __name__ == "__main__":

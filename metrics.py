@@ -2,22 +2,28 @@
 
 Every number is computed once over a whole split, never averaged over batches or images.
 """
+import argparse
 import contextlib
 import hashlib
 import json
 import os
 import statistics
 import sys
+import textwrap
 import time
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from data import FOLDERS, IGNORE, TASKS, MiniSet, UserError, normalise, take
+from data import FOLDERS, IGNORE, SHAPES, TASKS, MiniSet, UserError, normalise, open_image, take
 from model import detections, load_model
 
 NAMES = {"seg": "mIoU", "det": "mAP@50", "cls": "Top-1"}
@@ -230,9 +236,10 @@ def mean_and_spread(values, style):
     return text + f" ({len(known)} of {len(values)})" * (len(known) < len(values))
 
 
-def compare(folders):
+def compare(folders, picture=None):
     """Runs -> a Markdown table: for each data set and device a row of the baselines, then one for
-    each setting: how many seeds pass, final scores and drops, as mean ± std over its seeds."""
+    each setting: how many seeds pass, final scores and drops, as mean ± std over its seeds.
+    picture: a file for `draw_comparison`."""
     groups = {}  # {(data, device): (baselines, runs)}, each {name: {seed: results}}
     for folder in folders:
         try:
@@ -248,6 +255,8 @@ def compare(folders):
             rows.setdefault(name, {})[args["seed"]] = results  # of two alike the last counts
     if not groups:
         raise UserError("No finished run among the folders; pass some, as in runs/*.")
+    if picture:
+        draw_comparison(groups, picture)
     drops = [f"{name} drop" for name in NAMES.values()]
     lines = [["run", "passed", *NAMES.values(), *drops], ["---"] * 8]
     for baselines, named in groups.values():
@@ -286,6 +295,297 @@ def write_json(path, value):
     part.replace(path)
 
 
+# -- Pictures: charts are drawn in double size and reduced at the end, which smooths their lines
+LONG = {"seg": "segmentation", "det": "detection", "cls": "classification"}
+COLOUR = {"seg": "#0072B2", "det": "#D55E00", "cls": "#009E73"}  # the colour-blind tell them apart
+SIGN = {"seg": 24, "det": 4, "cls": 3}  # corners of a task's sign: disc, square, triangle
+GREY, PALE = "#666666", "#DDDDDD"
+
+
+def write(draw, at, text, anchor="lm", colour="black", size=28):
+    """Text with its left, middle or right (l, m, r) and top, middle or bottom (t, m, b) at `at`."""
+    draw.text(at, text, colour, ImageFont.load_default(size), anchor, align="right")
+
+
+def axes(draw, area, across, up):
+    """A frame with grid lines -> the function from two values to a pixel. area: left, top, right,
+    bottom in pixels; across, up: (lowest value, highest, {value: text at its grid line})."""
+    left, top, right, bottom = area
+
+    def place(x, y):
+        x, y = ((v - low) / (high - low) for v, (low, high, _) in ((x, across), (y, up)))
+        return left + x * (right - left), bottom - y * (bottom - top)
+    for value, text in across[2].items():
+        x = place(value, up[0])[0]
+        draw.line([x, top, x, bottom], PALE, 2)
+        write(draw, (x, bottom + 12), text, "mt")
+    for value, text in up[2].items():
+        y = place(across[0], value)[1]
+        draw.line([left, y, right, y], PALE, 2)
+        write(draw, (left - 14, y), text, "rm")
+    draw.rectangle(area, outline=GREY, width=2)
+    return place
+
+
+def dashed(draw, start, end, colour):
+    """A line of dashes, each about 14 pixels long."""
+    dashes = int(np.hypot(*np.subtract(end, start)) / 28) + 1
+    points = np.linspace(start, end, 2 * dashes)  # (2·dashes, 2)
+    for a, b in zip(points[::2], points[1::2]):
+        draw.line([*a, *b], colour, 4)
+
+
+def sign(draw, at, task, radius=11):
+    """The task's sign, framed in white, so that signs on top of each other stay apart."""
+    for r, colour in ((radius + 4, "white"), (radius, COLOUR[task])):
+        draw.regular_polygon((*at, r), SIGN[task], fill=colour)
+
+
+def legend(draw, x, y, dashes):
+    """One line: the tasks' signs, and what a dashed line means."""
+    for task in TASKS:
+        draw.line([x, y, x + 60, y], COLOUR[task], 6)
+        sign(draw, (x + 30, y), task)
+        write(draw, (x + 76, y), f"{NAMES[task]} ({LONG[task]})")
+        x += 470
+    dashed(draw, (x, y), (x + 70, y), GREY)
+    write(draw, (x + 86, y), dashes)
+
+
+def draw_curves(results, file):
+    """A run's picture, 1,200 pixels wide: all scores over the epochs of its stages, and below them
+    the losses."""
+    rows, tasks = list(enumerate(results["history"], 1)), {}
+    canvas = Image.new("RGB", (2400, 1720), "white")
+    draw, end = ImageDraw.Draw(canvas), len(rows)
+    top = 1.05 * max(max(row["loss"], row["penalty"]) for _, row in rows)
+    epochs = 0, end, {x: str(x) for x in range(0, end + 1, 5 + end // 100 * 5 if end > 15 else 1)}
+    heights = 0, top, {y: str(y) for y in range(0, int(top) + 1, 1 + int(top) // 6)}
+    legend(draw, 130, 50, "95 % of a task's baseline")
+    write(draw, (2360, 1690), "epoch", "rm")
+    write(draw, (130, 1070), "loss of the stage's task (coloured), penalty of the remedies (grey)")
+    fifths = 0, 1, {y / 5: str(y / 5) for y in range(6)}
+    scores = axes(draw, (130, 150, 2360, 960), epochs, fifths)
+    losses = axes(draw, (130, 1100, 2360, 1630), epochs, heights)
+    for epoch, row in reversed(rows):
+        tasks[row["task"]] = row["stage"], epoch - 1  # in the end: where its stage starts
+    for task, (stage, start) in tasks.items():
+        for place, high in ((scores, 1), (losses, top)):
+            draw.line([place(start, 0), place(start, high)], GREY, 4)
+        title = "all tasks at once" if len(tasks) == 1 else f"Stage {stage}: {LONG[task]}"
+        write(draw, (scores(start, 1)[0], 124), title)
+        for key, colour, width in (("penalty", GREY, 4), ("loss", COLOUR[task], 6)):
+            points = [losses(epoch, row[key]) for epoch, row in rows if row["task"] == task]
+            draw.line(points, colour, width, "curve")
+    for k, task in enumerate(TASKS):
+        left, y = scores(0, (1 - MAX_DROP) * results["baseline"][task])
+        dashed(draw, (left, y), (2360, y), COLOUR[task])
+        sign(draw, (left + 30 + 30 * k, y), task, 8)
+    for task in TASKS:
+        points = [scores(epoch, row[task]) for epoch, row in rows if task in row]
+        draw.line(points, COLOUR[task], 6, "curve")
+        for at in points:
+            sign(draw, at, task)
+    canvas.reduce(2).save(file)
+
+
+def draw_comparison(groups, file):
+    """The picture of `compare`, 1,200 pixels wide: what share of its baseline each task keeps in
+    the end, as mean and standard deviation over the seeds; one never learned has no sign."""
+    settings = {}  # {text: runs}
+    for (_, device), (_, named) in groups.items():
+        for name, runs in named.items():
+            runs = list(runs.values())
+            where = f", on {runs[0]['data']['folder']}, {device}" if len(groups) > 1 else ""
+            text = f"{name}{where} (seeds: {len(runs)})"
+            settings["\n".join(textwrap.wrap(text, 36, max_lines=3))] = runs
+    bottom, shares = 160 + 130 * len(settings), {}  # {(row, task): (mean, deviation)}
+    for (row, runs), task in product(enumerate(settings.values()), TASKS):
+        kept = [1 - r["drop"][task] for r in runs if r["drop"][task] is not None]
+        if kept:
+            spread = statistics.stdev(kept) if len(kept) > 1 else 0.0
+            shares[row, task] = statistics.mean(kept), spread
+    high = max([1.1, *(mean + spread + 0.03 for mean, spread in shares.values())])
+    canvas = Image.new("RGB", (2400, bottom + 110), "white")
+    draw = ImageDraw.Draw(canvas)
+    legend(draw, 130, 50, "95 %")
+    title = "final score as a share of the task's baseline; bars: standard deviation over the seeds"
+    write(draw, (2340, bottom + 80), title, "rm")
+    percents = {p / 100: f"{p} %" for p in range(0, int(100 * high) + 1, 10 if high < 1.6 else 50)}
+    middles = {len(settings) - row - 0.5: text for row, text in enumerate(settings)}
+    place = axes(draw, (620, 110, 2340, bottom), (0, high, percents), (0, len(settings), middles))
+    draw.line([place(1, 0), place(1, len(settings))], GREY, 4)
+    dashed(draw, place(0.95, 0), place(0.95, len(settings)), GREY)
+    for (row, task), (mean, spread) in shares.items():
+        y = len(settings) - row - 0.25 - 0.25 * TASKS.index(task)
+        draw.line([place(max(0, mean - spread), y), place(mean + spread, y)], COLOUR[task], 5)
+        sign(draw, place(mean, y), task)
+    canvas.reduce(2).save(file)
+
+
+# -- What a model sees: found = {"seg": mask (H, W), "det": [(box xyxy, name, score)], best first,
+# "cls": (name, probability)}, all in pixels of the photo. The truth has None for a score.
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+SHOWN = 0.3  # boxes below this score are left out
+PALETTE = [sum((c >> 3 * j + k & 1) << 7 - j for j in range(3)) for c in range(256)
+           for k in range(3)]  # VOC's colours: red, green, blue of each class
+
+
+@torch.no_grad()
+def look_at(photo, model, size, classes):
+    """What a model finds in an RGB photo -> found. size: pixels a side that the model sees."""
+    model.eval()
+    image = pil_to_tensor(photo.resize((size, size), Image.BILINEAR))[None]  # (1, 3, size, size)
+    out = model(normalise(image.to(next(model.parameters()).device)))
+    shape = [-(-n // max(1, max(photo.size) / 1024)) for n in photo.size[::-1]]  # saves memory
+    logits = F.interpolate(out["seg"], [int(n) for n in shape], mode="bilinear")  # (1, 21, H, W)
+    mask = Image.fromarray(logits[0].argmax(0).byte().cpu().numpy())
+    rows = out["det"][0, :, :5 + len(classes["det"])].cpu()  # no class without a name
+    boxes, scores, labels = detections(rows, SHOWN)
+    right_bottom = torch.tensor(2 * photo.size)
+    boxes = (boxes * right_bottom / size).clamp(min=0).minimum(right_bottom)  # (K, 4)
+    names = [classes["det"][label] for label in labels.tolist()]
+    chances = out["cls"][0, :len(classes["cls"])].softmax(0)
+    return {"seg": np.array(mask.resize(photo.size, Image.NEAREST)),
+            "det": list(zip(boxes.tolist(), names, scores.tolist())),
+            "cls": (classes["cls"][chances.argmax()], chances.max().item())}
+
+
+def mask_names(classes):
+    """The names of a mask's classes; shapes are stored like VOC, but called what they are."""
+    return ["background", *SHAPES] if classes["det"] == SHAPES else classes["seg"]
+
+
+def tag(draw, at, text, size, taken):
+    """White text on black whose left bottom is `at`, moved to where all of it is seen, and up or
+    down to where no other one is; left out where that is too far. taken: the others' corners."""
+    font, (right, bottom) = ImageFont.load_default(size), draw.im.size
+    *_, width, height = (int(v) + 5 for v in draw.textbbox((0, 0), text, font))
+    x = max(0, min(at[0], right - width))
+    for line in (0, 1, -1, 2, -2):
+        y = max(0, min(at[1] + line * height, bottom) - height)
+        corners = x, y, x + width, y + height
+        if all(x >= x2 or y >= y2 or corners[2] <= x1 or corners[3] <= y1
+               for x1, y1, x2, y2 in taken):
+            taken.append(corners)
+            draw.rectangle(corners, "black")
+            draw.text((x + 2, y + 1), text, "white", font)
+            return
+
+
+def annotated(photo, found, names, side):
+    """A copy of an RGB photo, its longer side `side` pixels, with whatever is in `found` drawn onto
+    it. names: those of the mask's classes."""
+    picture, tags = ImageOps.contain(photo, (side, side)), []
+    image, scale = pil_to_tensor(picture), picture.width / photo.width  # (3, H, W)
+    if "seg" in found:
+        mask = Image.fromarray(found["seg"]).resize(picture.size, Image.NEAREST)
+        mask = torch.from_numpy(np.array(mask))  # (H, W)
+        there = [c for c in mask.unique().tolist() if c not in (0, IGNORE)]
+        for c in there:
+            image = draw_segmentation_masks(image, mask == c, 0.6, tuple(PALETTE[3 * c:3 * c + 3]))
+            y, x = (mask == c).nonzero().float().mean(0).tolist()
+            tags.append(((x, y), names[c]))
+    if found.get("det"):
+        boxes = torch.tensor([box for box, *_ in found["det"]]) * scale  # (K, 4)
+        for colour, width in (("black", 4), ("white", 2)):
+            width = width * (1 + side // 1000)
+            image = draw_bounding_boxes(image, boxes, colors=colour, width=width)
+        for corner, (_, name, score) in zip(boxes[:, :2].tolist(), found["det"]):
+            tags.append((corner, name if score is None else f"{name} {score:.2f}"))
+    if "cls" in found:
+        name, chance = found["cls"]
+        tags.append(((0, side), name if chance is None else f"class {name} {chance:.2f}"))
+    picture, taken = to_pil_image(image), []
+    for at, text in tags:
+        tag(ImageDraw.Draw(picture), at, text, max(12, side // 45), taken)
+    return picture
+
+
+def examples(splits, classes, model=None, side=200):
+    """Two val images of each task with what the model finds, or without a model the truth -> six
+    pictures. Always the same ones: they show what a stage has learned and forgotten."""
+    pictures = []
+    for task, i in ((task, len(splits[task]) * k // 7) for task in TASKS for k in (2, 5)):
+        split = splits[task]
+        photo, truth = open_image(split.paths[i]).convert("RGB"), split.truth[i]
+        if model:
+            found = look_at(photo, model, split.batch[0].shape[-1], classes)[task]
+        elif task == "det":
+            found = [(box["xyxy"], box["name"], None) for box in truth["boxes"]]
+        else:
+            found = truth if task == "seg" else (classes["cls"][truth], None)
+        pictures.append(annotated(photo, {task: found}, mask_names(classes), side))
+    return pictures
+
+
+def draw_examples(strips, file, side=200):
+    """predictions.png. strips: {text at the left: pictures of `examples`}, from top to bottom."""
+    canvas = Image.new("RGB", (150 + 6 * (side + 8), 30 + len(strips) * (side + 8)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for k, task in enumerate(TASKS):
+        write(draw, (150 + 2 * k * (side + 8), 16), LONG[task], size=16)
+    for row, (text, pictures) in enumerate(strips.items()):
+        y = 30 + row * (side + 8)
+        write(draw, (138, y + side / 2), text, "rm", size=16)
+        for column, picture in enumerate(pictures):
+            canvas.paste(picture, (150 + column * (side + 8), y + (side - picture.height) // 2))
+    canvas.save(file)
+
+
+def photos_of(paths):
+    """Files, and the images in folders and their subfolders, sorted. Raises UserError if none."""
+    found = []
+    for path in map(Path, paths):
+        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
+        found += [p for p in inside if p == path or p.is_file() and p.suffix.lower() in IMAGES]
+    if not found:
+        raise UserError("--predict: no photo; name files or folders with some behind the model.")
+    return found
+
+
+def predict(args):
+    """Looks with the model of `--predict` at photos -> the list that it writes as JSON, beside an
+    annotated copy and a mask of each photo. Unreadable ones are skipped and named."""
+    (file, *paths), out = args.predict, Path(args.out or "predictions")
+    (model, size, classes), photos, rows = load_model(file), photos_of(paths), {}
+    if any(out.resolve() in path.resolve().parents for path in photos):
+        raise UserError(f"--out {out}: there are photos to look at; name another folder.")
+    (out / "masks").mkdir(parents=True, exist_ok=True)
+    model, names = model.to(args.device, memory_format=torch.channels_last), mask_names(classes)
+    for path in photos:
+        try:
+            photo = ImageOps.exif_transpose(open_image(path)).convert("RGB")
+        except (UserError, OSError, ValueError) as e:
+            print(f"skipped {e}")
+            continue
+        found, name = look_at(photo, model, size, classes), path.stem
+        while f"{name}.png" in rows:  # of another folder
+            name += "-2"
+        annotated(photo, found, names, max(480, *photo.size)).save(out / f"{name}.png")
+        mask = Image.fromarray(found["seg"])
+        mask.putpalette(PALETTE)
+        mask.save(out / "masks" / f"{name}.png")
+        pixels = np.bincount(found["seg"].flatten()) / found["seg"].size
+        shares = {names[c]: pixels[c].item() for c in pixels.nonzero()[0]}
+        boxes = [dict(zip(("xyxy", "label", "score"), box)) for box in found["det"]]
+        label, chance = found["cls"]
+        rows[f"{name}.png"] = {"photo": str(path), "copy": f"{name}.png", "width": photo.width,
+                               "height": photo.height, "boxes": boxes, "pixels": shares,
+                               "class": {"label": label, "probability": chance}}
+        print(f"{path}: class {label} {chance:.2f}; boxes: "
+              + (", ".join(f"{box['label']} {box['score']:.2f}" for box in boxes) or "none")
+              + "; pixels: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
+    write_json(out / "predictions.json", list(rows.values()))
+    print(f"{len(rows)} of {len(photos)} photos: annotated copies, masks/ and predictions.json are "
+          f"in {out}")
+    return list(rows.values())
+
+
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # not every console knows ±
-    print(compare(sys.argv[1:] or sys.exit("usage: python metrics.py RUN [RUN ...]")))
+    parser = argparse.ArgumentParser(description="Compares finished runs: a table and a picture.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders, as in runs/*")
+    parser.add_argument("--out", default="comparison.png", help="(default: %(default)s)")
+    args = parser.parse_args()
+    print(f"{compare(args.runs, args.out)}\n\nThe picture is {args.out}")

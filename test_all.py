@@ -1902,7 +1902,9 @@ def test_a_run_interrupted_again_and_again_ends_bit_identical(shapes, tmp_path, 
     assert 3 <= interruptions < 30
     assert_same_run(tmp_path / "cut/run", tmp_path / "whole/run")
     left = {path.name for path in (tmp_path / "cut/run").iterdir()}
-    assert left == {"args.json", "results.json", "model.pt"}
+    assert left == {"args.json", "results.json", "model.pt", "curves.png", "predictions.png"}
+    pictures = [(tmp_path / way / "run/predictions.png").read_bytes() for way in ("cut", "whole")]
+    assert pictures[0] == pictures[1]
 
 
 def test_a_killed_process_loses_nothing(shapes, finished, tmp_path, capsys):
@@ -2105,7 +2107,7 @@ def test_a_console_that_lacks_a_sign_gets_another(two_seeds):
     out, _ = two_seeds
     command = [sys.executable, metrics.__file__, f"{out}-seed0", f"{out}-seed1"]
     said = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": "ascii"}, text=True,
-                          capture_output=True, encoding="ascii")
+                          capture_output=True, encoding="ascii", cwd=out.parent)
     assert said.returncode == 0
     assert " ? " in said.stdout  # for ±
 
@@ -2174,6 +2176,78 @@ def test_eval_of_a_missing_task_is_an_error(val_alone, finished):
     flags = ["--eval", str(finished[0] / "model.pt"), "--data", str(val_alone), "--tasks", "seg"]
     with pytest.raises(UserError, match="mini_voc_seg"):
         train.main([*flags, "--device", "cpu"])
+
+
+# -- Pictures
+
+def has_colour(image, x, y, colour):
+    """Whether a pixel within two of (x, y) is about of that colour."""
+    near = np.asarray(image.crop((x - 2, y - 2, x + 3, y + 3)), int).reshape(-1, 3)
+    return np.abs(near - np.array(colour)).sum(1).min() < 40
+
+
+def test_a_curve_goes_through_its_scores(finished, tmp_path):
+    results = deepcopy(finished[1])
+    results["baseline"] = dict.fromkeys(TASKS, 0)
+    for row in results["history"]:
+        row |= {"seg": 0.75, "det": 0.5, "cls": 0.25}
+    metrics.draw_curves(results, tmp_path / "curves.png")
+    image = Image.open(tmp_path / "curves.png")
+    assert image.width == 1200
+    for y, colour in ((0.75, (0, 114, 178)), (0.5, (213, 94, 0)), (0.25, (0, 158, 115))):
+        assert has_colour(image, 800, round(480 - 405 * y), colour)  # the frame: from 75 to 480
+
+
+def test_the_comparison_draws_every_setting(finished, two_seeds, tmp_path):
+    out, _ = two_seeds
+    sizes = []
+    for folders in ([finished[0]], [finished[0], f"{out}-seed0", f"{out}-seed1"]):
+        metrics.compare(folders, tmp_path / "comparison.png")
+        sizes.append(Image.open(tmp_path / "comparison.png").size)
+    assert sizes[0][0] == sizes[1][0] == 1200
+    assert sizes[1][1] - sizes[0][1] == 65  # one row more
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """An oblong photo, the same turned by its EXIF entry, a grey one and a broken one."""
+    rng, folder = np.random.default_rng(0), tmp_path / "photos"
+    image = Image.fromarray(rng.integers(0, 256, (40, 100, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x112] = 6  # to be turned by 90 degrees
+    (folder / "more").mkdir(parents=True)
+    image.save(folder / "a.png")
+    image.transpose(Image.ROTATE_90).save(folder / "more/a.png", exif=exif)
+    image.convert("L").save(folder / "grey.png")
+    (folder / "broken.jpg").write_bytes(b"no photo")
+    return folder
+
+
+def test_predict_finds_things_in_the_photos_own_upright_pixels(photos, finished, tmp_path,
+                                                               monkeypatch, capsys):
+    row = torch.tensor([[0.0, 0, 64, 32, 20, 20, *[0] * 9]])  # the upper half of 64×64 pixels
+    seg = F.one_hot(torch.tensor([[0, 3]]), 21).permute(2, 0, 1)[None].float()
+    out = {"seg": seg, "det": row[None], "cls": torch.eye(10)[:1]}
+    monkeypatch.setattr(OneHead, "forward", lambda model, images: out)
+    flags = ["--predict", str(finished[0] / "model.pt"), str(photos), "--device", "cpu"]
+    found = train.main([*flags, "--out", str(tmp_path / "out")])
+    assert [(p["copy"], p["width"], p["height"]) for p in found] == [
+        ("a.png", 100, 40), ("grey.png", 100, 40), ("a-2.png", 100, 40)]
+    for p in found:
+        assert p["boxes"][0]["xyxy"] == pytest.approx([0, 0, 100, 20])
+        mask = data.read_mask(tmp_path / "out/masks" / p["copy"])
+        assert mask.shape == (40, 100) and (mask[:, 60:] == 3).all() and (mask[:, :40] == 0).all()
+    assert json.loads((tmp_path / "out/predictions.json").read_text()) == found
+    text = capsys.readouterr().out
+    assert "broken.jpg: not a readable image" in text and "3 of 4 photos" in text
+    with pytest.raises(UserError, match="name another folder"):
+        train.main([*flags, "--out", str(photos)])
+
+
+def test_predict_without_a_photo_is_an_error(finished, tmp_path):
+    for photos in ([], [str(tmp_path)]):
+        with pytest.raises(UserError, match="no photo"):
+            train.main(["--predict", str(finished[0] / "model.pt"), *photos])
 
 
 # -- Measuring the machine

@@ -2,6 +2,7 @@
 
     python train.py --strategy replay                     the challenge, on shapes or on data/
     python train.py --eval RUN/model.pt --data DIR        measures a saved model
+    python train.py --predict RUN/model.pt PHOTO ...      looks at photos of yours
     python train.py --benchmark                           measures this machine
 """
 import argparse
@@ -28,8 +29,8 @@ from torch.nn.utils import parametrize
 from data import FOLDERS, TASKS, MiniSet, UserError, augment, take, write_shapes
 from forgetting import REMEDIES, STRENGTHS, Replay, build, default_strengths, strategy
 from losses import task_loss
-from metrics import (NAMES, compare, digest, evaluate, evaluate_saved, judge, latency, load_run,
-                     show, write_json)
+from metrics import (NAMES, compare, digest, draw_curves, draw_examples, evaluate, evaluate_saved,
+                     examples, judge, latency, load_run, predict, show, write_json)
 from model import (BACKBONES, NECKS, OneHead, load_weights, read_checkpoint, save_model,
                    write_checkpoint)
 
@@ -81,27 +82,33 @@ def make_parser():
     tables = [f"  {row:34}" + ", ".join(f"{flag} {value}" for flag, value in values.items())
               for row, values in (RECIPES | STRENGTHS).items()]
     parser = argparse.ArgumentParser(
+        usage="python train.py [--flag VALUE ...]",
         description=__doc__, epilog="\n".join(["other defaults, by data and strategy:", *tables]),
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    add = parser.add_argument_group("the run").add_argument
     add("--strategy", type=strategy, default="replay", help="against forgetting: none, any of "
         f"{', '.join(REMEDIES)} joined by +, or joint: all tasks at once (default: %(default)s)")
     add("--data", help="folder of the mini-sets, or 'shapes' (default: data/ if it is prepared)")
-    add("--out", help="folder of this run (default: runs/[reportN-]STRATEGY-seedN; -seedN is "
-        "appended where there are several seeds); with --eval or --benchmark a JSON file to write")
-    add("--seed", type=numbers(0, 2**32, int), nargs="+", default=[0], help="fixes everything "
-        "random; several make a run each (default: 0)")
+    add("--out", help="its folder (default: runs/[reportN-]STRATEGY-seedN; several seeds append "
+        "-seedN); of --predict the folder, of --eval and --benchmark the JSON file to write")
+    add("--seed", type=numbers(0, 2**32, int), nargs="+", default=[0], metavar="N", help="fixes "
+        "everything random; several make a run each (default: 0)")
     add("--device", choices=DEVICES, default=DEVICES[-1], help="(default: %(default)s)")
-    add("--eval-every", type=numbers(0, kind=int), default=0, metavar="N", help="epochs between "
-        "measurements, for display (default: a stage's end)")
-    add("--eval", metavar="MODEL", help="measure this model.pt on --data's val split, and stop")
-    add("--tasks", nargs="+", choices=[*TASKS, "all"], default=["all"], help="which, of --eval")
-    add("--benchmark", action="store_true", help="measure size and speed on this machine, and stop")
+    add("--eval-every", type=numbers(0, kind=int), default=5, metavar="N", help="epochs between "
+        "measurements, for curves.png; 0: only at a stage's end (default: %(default)s)")
     add("--report", type=int, choices=range(len(REPORTS)), help="the flags of a published system; "
         "those given besides count")
+    group = parser.add_argument_group("instead of training")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--eval", metavar="MODEL", help="measure this model.pt on --data's val split")
+    add("--predict", nargs="+", metavar=("MODEL", "PHOTO"), help="find masks, boxes and class in "
+        "photos or folders of them; writes annotated copies and JSON")
+    add("--benchmark", action="store_true", help="measure size and speed on this machine")
+    group.add_argument("--tasks", nargs="+", choices=[*TASKS, "all"], default=["all"],
+                       metavar="TASK", help="which --eval measures: seg, det, cls (default: all)")
     add_network_flags(parser.add_argument_group("network"))
-    add_recipe_flags(parser.add_argument_group("training (three values: seg det cls)"))
-    add_remedy_flags(parser.add_argument_group("remedies"))
+    add_recipe_flags(parser.add_argument_group("training (one value, or three: seg det cls)"))
+    add_remedy_flags(parser.add_argument_group("remedies (one value, or three)"))
     return parser
 
 
@@ -123,14 +130,14 @@ def add_network_flags(group):
 
 
 def add_recipe_flags(group):
-    add, three = group.add_argument, {"nargs": "+", "action": OneOrThree}
+    add, three = group.add_argument, {"nargs": "+", "action": OneOrThree, "metavar": "X"}
     add("--weights", help="imagenet, none, or a file")
     add("--image-size", type=numbers(32, 4096, int), metavar="PIXELS", help="side of the square "
         "images, a multiple of 32")
     add("--epochs", **three, type=numbers(1, kind=int), help="of each stage")
     add("--lr", **three, type=numbers(1e-9), help="peak learning rate of neck and head")
     add("--trunk-lr", **three, type=numbers(0), help="the backbone's share of it")
-    add("--batch-size", type=numbers(1, kind=int), help="images a step")
+    add("--batch-size", type=numbers(1, kind=int), metavar="N", help="images a step")
     add("--box-loss", choices=["giou", "smooth_l1", "mse"], default="giou", help="of detection; "
         "the last two compare offsets (default: %(default)s)")
     add("--conf-loss", choices=["bce", "focal"], default="bce", help="of detection; focal has "
@@ -142,12 +149,13 @@ def add_recipe_flags(group):
 
 
 def add_remedy_flags(group):
-    add, three = group.add_argument, {"nargs": "+", "action": OneOrThree}
-    add("--replay-images", type=numbers(1, 10, int), default=10, help="stored images per old task; "
-        "the rules allow 10 (default: %(default)s)")
+    add, three = group.add_argument, {"nargs": "+", "action": OneOrThree, "metavar": "X"}
+    add("--replay-images", type=numbers(1, 10, int), default=10, metavar="N",
+        help="stored images per old task; the rules allow 10 (default: %(default)s)")
     add("--replay-tasks", nargs="+", choices=TASKS[:2], default=["seg", "det"], help="old tasks to "
         "replay (default: both)")
-    add("--replay-batch", type=numbers(1, kind=int), help="stored images per old task in a step")
+    add("--replay-batch", type=numbers(1, kind=int), metavar="N", help="stored images per old task "
+        "in a step")
     add("--replay-weight", **three, type=numbers(0), help="weight of an old task's loss on stored "
         "images: of seg in Stage 2, seg in Stage 3, det in Stage 3")
     add("--replay-teacher", **three, type=numbers(0), help="weight of the distance to old outputs "
@@ -189,7 +197,8 @@ def parse(argv):
             parser.error(f"--out {out}: must be a .json file, but is not; name another")
     elif out.is_file():
         parser.error(f"--out {out}: must be a folder, but is not; name another")
-    args.data = find_data(args.data)
+    if not args.predict:
+        args.data = find_data(args.data)
     for name, value in defaults_for(args).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -276,6 +285,12 @@ def train_epoch(model, task, run, remedies, optimizer, scaler, epoch):
             group["lr"] = lr * group["share"]
         batch = augment(*take(samples.batch, indices, args.device))
         sums += train_step(model, task, batch, remedies, optimizer, scaler, losses)
+        run.done += 1 / len(batches)
+        if sys.stdout.isatty():
+            done = step - (epoch - 1) * len(batches)
+            print(f"\r{task} epoch {epoch:3}/{args.epochs[stage]}  loss {sums[0] / done:.4f}  "
+                  f"[{'#' * (20 * done // len(batches)):20}]  {run.time_left()} left", end="\r",
+                  flush=True)
         if not np.isfinite(sums).all():
             names = ", ".join(str(samples.paths[i]) for i in indices.tolist())
             raise UserError(f"{task}, epoch {epoch}: the loss is not finite on the images {names}; "
@@ -354,9 +369,9 @@ class Run:
         self.done, self.total = 0, 2 * sum(args.epochs)  # epochs, of baselines and stages
 
     def time_left(self):
-        """Called after each epoch: what is left at the mean pace of the epochs done."""
-        self.done += 1
-        seconds = (time.perf_counter() - self.start) / self.done * (self.total - self.done)
+        """What is left at the mean pace of the epochs done."""
+        left = max(0.0, self.total - self.done)
+        seconds = (time.perf_counter() - self.start) / self.done * left
         return f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
 
 
@@ -392,7 +407,7 @@ def train_alone(task, run):
 
 def run_sequence(run):
     """The protocol: for each stage train, measure every task, remember -> (model, history)."""
-    args, remedies, history = run.args, build(run.args), []
+    args, remedies, history, strips = run.args, build(run.args), [], {}
     model = new_model(args)
     if args.bn == "live":
         model.free_batchnorm()
@@ -412,11 +427,14 @@ def run_sequence(run):
         save_model(Path(args.out) / "model.pt", model, args.image_size, run.classes)
         print(f"after stage {stage + 1}: "
               + ", ".join(f"{NAMES[t]} {history[-1][t]:.3f}" for t in TASKS), flush=True)
+        strips[f"after Stage {stage + 1}"] = examples(run.val, run.classes, model)
         if task != TASKS[-1]:
             start = time.perf_counter()
             for remedy in remedies:
                 remedy.remember(task, model, run.train[task])
             history[-1]["seconds"] += time.perf_counter() - start
+    strips["truth"] = examples(run.val, run.classes)
+    draw_examples(strips, Path(args.out) / "predictions.png")
     return model, history
 
 
@@ -439,6 +457,9 @@ def run_joint(run):
     model = new_model(args)
     history = train_stage(model, "seg", run, others, file=Path(args.out) / "stage1.pt")
     save_model(Path(args.out) / "model.pt", model, args.image_size, run.classes)
+    strips = {"all at once": examples(run.val, run.classes, model),
+              "truth": examples(run.val, run.classes)}
+    draw_examples(strips, Path(args.out) / "predictions.png")
     return model, history
 
 
@@ -461,10 +482,11 @@ def finish(run, baselines, model, history):
         "baseline": {t: baselines[t]["history"][-1][t] for t in TASKS},
         "map_50_95": history[-1]["map_50_95"], "history": history}
     judge(results)
+    draw_curves(results, Path(args.out) / "curves.png")
     write_json(Path(args.out) / "results.json", results)
     for file in stages_of(args):
         file.unlink()
-    print(f"\n{show(results)}\nresults.json and model.pt are in {args.out}")
+    print(f"\n{show(results)}\nresults.json, model.pt and the pictures are in {args.out}")
     return results
 
 
@@ -548,6 +570,8 @@ def main(argv=None):
     try:
         if args.eval:
             return evaluate_saved(args)
+        if args.predict:
+            return predict(args)
         if args.benchmark:
             return benchmark(args)
         report = "" if args.report is None else f"report{args.report}-"

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from data import FOLDERS, IGNORE, TASKS, MiniSet, UserError, normalise, take
+from data import (FOLDERS, IGNORE, TASKS, MiniSet, UserError, command, normalise, take,
+                  try_folder, write_whole)
 from model import detections, load_model
 
 NAMES = {"seg": "mIoU", "det": "mAP@50", "cls": "Top-1"}
@@ -115,7 +116,8 @@ def evaluate(model, splits, device, batch_size=8):
 def evaluate_saved(args):
     """Measures the model of `--eval` on the val split of a folder -> the dict that it writes."""
     (model, size, classes), root = load_model(args.eval), Path(args.data)
-    every = "all" in args.tasks
+    file, every = Path(args.out or Path(args.eval).parent / "eval.json"), "all" in args.tasks
+    try_folder(file.parent)
     tasks = [t for t in TASKS if t in args.tasks or every and (root / FOLDERS[t]).is_dir()]
     if not tasks:
         raise UserError(f"--data {root}: none of {', '.join(FOLDERS.values())} is there.")
@@ -129,7 +131,6 @@ def evaluate_saved(args):
     for t in tasks:
         extra = f" (mAP@50:95 {scores['map_50_95']:.4f})" if t == "det" else ""
         print(f"{t}: {NAMES[t]} {scores[t]:.4f}{extra} on {len(val[t])} images")
-    file = Path(args.out or Path(args.eval).parent / "eval.json")
     write_json(file, scores)
     print(f"Wrote {file}")
     return scores
@@ -271,18 +272,14 @@ def digest(*paths):
                   for name in names)
         for file in [path] if path.is_file() else sorted(inside):
             if file.is_file():  # a broken link is none
-                result.update(str(file.relative_to(path)).encode() + file.read_bytes())
+                result.update(os.fsencode(file.relative_to(path)) + file.read_bytes())
     return result.hexdigest()
 
 
 def write_json(path, value):
     """Writes JSON; the file appears whole or not at all."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    part = Path(f"{path}.{os.getpid()}.part")  # no other process writes that
-    part.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    part.replace(path)
+    write_whole(Path(path), json.dumps(value, indent=1).encode())
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # not every console knows ±
-    print(compare(sys.argv[1:] or sys.exit("usage: python metrics.py RUN [RUN ...]")))
+    command(lambda: print(compare(sys.argv[1:])))

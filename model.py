@@ -8,7 +8,7 @@ The head is a single branch: one convolution emits all 46 channels of a cell at 
 to every level of the pyramid with the same weights, as FCOS and RetinaNet share theirs
 (arXiv:1904.01355, 1708.02002).
 """
-import os
+import io
 from functools import cache
 
 import torch
@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from torchvision.models import MobileNet_V3_Small_Weights, mobilenet_v3_small
 from torchvision.ops import FeaturePyramidNetwork, batched_nms
 
-from data import UserError
+from data import UserError, write_whole
 
 SEG, DET, CLS = slice(0, 21), slice(21, 36), slice(36, 46)  # the channel map of the head
 ROWS = {"seg": SEG, "det": DET, "cls": CLS}  # of the output layer, by task
@@ -258,10 +258,9 @@ def read_checkpoint(path):
 
 def write_checkpoint(path, state):
     """Writes a dict of tensors and plain values; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = f"{path}.{os.getpid()}.part"  # no other process writes that
-    torch.save(state, part)
-    os.replace(part, path)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_whole(path, buffer.getvalue())
 
 
 def save_model(path, model, image_size, classes):

@@ -108,10 +108,10 @@ def read_mask(path):
     values or modes: convert("L") would turn the indices into the luminance of their colours."""
     mask = open_image(path)
     used = set(np.unique(mask).tolist())
-    if mask.mode not in ("P", "L") or not used <= {*range(21), IGNORE}:
-        raise UserError(f"{path}: a mask must be a palette PNG with the values 0-20 and 255 only.")
-    if IGNORE in used and used <= {0, IGNORE}:
-        raise UserError(f"{path}: shows only 0 (background) and 255 (ignore); objects are 1-20.")
+    binary = IGNORE in used and used <= {0, IGNORE}  # everything would be ignored
+    if mask.mode not in ("P", "L") or not used <= {*range(21), IGNORE} or binary:
+        raise UserError(f"{path}: a mask must be a palette PNG with the values 0-20 and 255 only, "
+                        "and not of 0 and 255 alone.")
     palette = mask.getpalette() or []  # VOC's colours tell if an editor renumbered the classes
     if any(VOC_COLOURS.get(tuple(palette[3 * i:3 * i + 3]), i) != i for i in used):
         raise UserError(f"{path}: VOC's colours, but not its indices; save it with VOC's palette.")
@@ -136,9 +136,8 @@ def read_coco(file, folder):
         if not all(isinstance(name, str) for name in names.values()):
             raise ValueError("a category's name is no text")
         records = {record["id"]: {**record, "boxes": []} for record in coco["images"]}
-        flat = [r["id"] for r in coco["images"] if not (r["width"] > 0 and r["height"] > 0)]
-        if flat:
-            raise ValueError(f"no width or height: images {flat[:5]}")
+        if not all(r["width"] > 0 and r["height"] > 0 for r in coco["images"]):
+            raise ValueError("an image has no width or height")
         for a in coco["annotations"]:
             at = f"annotation {a['id']}: "
             if a["image_id"] not in records or a["category_id"] not in names:
@@ -146,7 +145,7 @@ def read_coco(file, folder):
             (x, y, w, h), area, crowd = a["bbox"], a.get("area", 0), a.get("iscrowd", 0)
             finite = [isinstance(v, (int, float)) and abs(v) < 1e10 for v in (x, y, w, h, area)]
             if not all(finite) or area < 0 or crowd not in (0, 1):  # NaN is not finite either
-                raise ValueError("its bbox or area are no such numbers, or its iscrowd not 0 or 1")
+                raise ValueError("bbox and area must be numbers, and iscrowd 0 or 1")
             record = records[a["image_id"]]
             x1, x2 = max(x, 0), min(x + w, record["width"])
             y1, y2 = max(y, 0), min(y + h, record["height"])
@@ -161,8 +160,7 @@ def read_coco(file, folder):
         raise UserError(f"{file}: no readable COCO annotations: {at}{type(e).__name__}: {e}; "
                         "correct it, or prepare it again.")
     if skipped:
-        print(f"{file}: skipped {len(skipped)} boxes of less than a pixel inside their image, "
-              f"annotations {str(skipped[:5])[1:-1]}")
+        print(f"{file}: skipped {len(skipped)} boxes without a pixel inside, annotations {skipped}")
     return list(names.values()), samples
 
 
@@ -229,18 +227,12 @@ def load_det(path, size, record, classes):
     return image, {"boxes": boxes, "labels": labels}, {**record, "boxes": known}
 
 
-def load_cls(path, classes):
-    """A photo in a folder named by its class -> (image, {"labels": (1,)}, truth: the label)."""
-    label = classes.index(path.parent.name)
-    return open_image(path), {"labels": torch.tensor([label])}, label
-
-
 class MiniSet:
     """One split of one task, decoded once and held in memory: 3·size² bytes an image.
 
     batch    (images (N, 3, size, size) uint8, target), where the target is {"mask": (N, size,
              size)}, {"boxes": (N, M, 4), "labels": (N, M)} or {"labels": (N, 1)}
-    truth    one a photo, see `load_seg`, `load_det`, `load_cls`
+    truth    one a photo, see `load_seg`, `load_det`; the label in classification
     classes  the names whose position is the index (default: the split's own), at most 10 in
              detection and classification; boxes and images of others are left out and named,
              and these names are in `unknown`
@@ -269,7 +261,8 @@ class MiniSet:
             elif task == "det":
                 photo, target, truth = load_det(path, size, record, self.classes)
             else:
-                photo, target, truth = load_cls(path, self.classes)
+                photo, truth = open_image(path), self.classes.index(path.parent.name)
+                target = {"labels": torch.tensor([truth])}
             square = photo.convert("RGB").resize((size, size), Image.BILINEAR)
             images.append(pil_to_tensor(square))  # (3, size, size)
             targets.append(target)
@@ -395,10 +388,10 @@ def move_boxes(target, window, old_size, size):
 @contextmanager
 def new_folder(path):
     """A temporary folder beside `path` that takes its place once the block is through. Nothing is
-    replaced: raises FileExistsError if by then, or before, more than an empty folder is there."""
-    if os.path.ismount(path) or path.exists() and os.listdir(path):
-        raise FileExistsError(f"{path}: is there already (or a mount point), and nothing is ever "
-                              "overwritten; delete it, or name a new folder.")
+    replaced: raises UserError if by then, or before, more than an empty folder is there."""
+    if path.is_file() or os.path.ismount(path) or path.exists() and os.listdir(path):
+        raise UserError(f"{path}: is there already, or a mount point, and nothing is ever "
+                        "overwritten; delete it, or name a new folder.")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{path.name}.", dir=path.parent) as temporary:
         new = Path(temporary) / "new"
@@ -409,7 +402,7 @@ def new_folder(path):
                 path.rmdir()  # fails unless it is empty
             new.rename(path)
         except OSError as e:
-            raise FileExistsError(f"{path}: another process was faster ({e}).")
+            raise UserError(f"{path}: another process was faster ({e}).")
 
 
 def cover(labels, rng):
@@ -434,6 +427,7 @@ def pool(originals, task, split):
         coco = originals / "coco"
         file = coco / "annotations" / f"instances_{split}2017.json"
         for path, record in read_coco(file, coco / f"{split}2017")[1]:
+            record["file_name"] = path.name  # without folders, as it will be copied
             record["boxes"] = [box for box in record["boxes"] if box["name"] in COCO_CLASSES]
             classes = {box["name"] for box in record["boxes"] if not box["iscrowd"]}
             if classes:
@@ -470,8 +464,11 @@ def fingerprint(path, record, taken):
 def select(candidates, task, wanted, rng, taken, fetch):
     """Names of `wanted` candidates, sorted: sound photos unlike all `taken`, the classes covered.
     Others are skipped and named. fetch: download COCO's photos as they are needed."""
-    names = []
-    for name in cover({name: classes for name, (classes, *_) in candidates.items()}, rng):
+    names, labels = [], {name: classes for name, (classes, path, _) in candidates.items()
+                         if fetch or path.is_file()}
+    if len(labels) < len(candidates):
+        print(f"skipped: {len(candidates) - len(labels)} photos that are not there")
+    for name in cover(labels, rng):
         if len(names) == wanted:
             break
         _, path, extra = candidates[name]
@@ -551,7 +548,7 @@ def write_shapes(root, counts=COUNTS, size=96, seed=0):
     outline; size, turn, brightness and overlap vary. `root` appears whole or not at all; if it is
     there by then, another process drew the same."""
     rng = np.random.default_rng(seed)
-    with suppress(FileExistsError), new_folder(Path(root)) as new:
+    with suppress(UserError), new_folder(Path(root)) as new:
         for task, (split, n) in product(TASKS, counts.items()):
             folder, records = new / FOLDERS[task] / split, []
             for i in range(n):
@@ -607,7 +604,9 @@ def main(argv=None):
     add("--seed", type=int, default=0, help="fixes the draw (default: %(default)s)")
     args = parser.parse_args(argv)
     originals = Path(args.originals or "originals")
-    with new_folder(Path(args.out).resolve()) as root:  # tried before anything is downloaded
+    out = Path(args.out).resolve()
+    try_folder(out.parent)
+    with new_folder(out) as root:  # entered before anything is downloaded
         if not args.originals:
             download_originals(originals)
         prepare(root, originals, args.seed, fetch=not args.originals)

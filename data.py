@@ -130,8 +130,9 @@ def read_coco(file, folder):
         coco = json.loads(file.read_text(encoding="utf-8-sig"))
         for kind, key in (("images", "id"), ("images", "file_name"), ("categories", "id"),
                           ("categories", "name"), ("annotations", "id")):
-            if len({entry[key] for entry in coco[kind]}) < len(coco[kind]):
-                raise ValueError(f"two {kind} have the same {key}")
+            count = Counter(entry[key] for entry in coco[kind])
+            if len(count) < len(coco[kind]):
+                raise ValueError(f"two {kind} have the {key} {count.most_common(1)[0][0]}")
         names = {category["id"]: category["name"] for category in coco["categories"]}
         if not all(isinstance(name, str) for name in names.values()):
             raise ValueError("a category's name is no text")

@@ -13,13 +13,14 @@ Images are resized to a square without keeping their aspect: pixels map back by 
 """
 import argparse
 import json
+import os
 import random
 import shutil
-import tarfile
+import sys
 import tempfile
 import zipfile
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import product
 from math import log
@@ -28,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.datasets.utils import download_url
 from torchvision.transforms.functional import pil_to_tensor
@@ -39,6 +40,9 @@ COUNTS = {"train": 240, "val": 60}  # images of each task
 IGNORE, JPEG = 255, (".jpg", ".jpeg")
 VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable "
                "dog horse motorbike person pottedplant sheep sofa train tvmonitor").split()
+VOC_PALETTE = [tuple(sum((i >> 3 * j + c & 1) << 7 - j for j in range(3)) for c in range(3))
+               for i in range(256)]  # the bits of index i are dealt to red, green, blue in turn
+VOC_COLOURS = {VOC_PALETTE[i]: i for i in (*range(1, 21), IGNORE)}
 COCO_CLASSES = "person bicycle car motorcycle bus truck cat dog chair tv".split()  # the ten sampled
 ARCHIVES = {  # address: MD5
     "https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar":
@@ -53,14 +57,50 @@ class UserError(SystemExit):
     """A mistake of the user or in the data: one sentence on stderr, never a stack trace."""
 
 
+def command(main):
+    """Runs a program; what its user or the machine can mend ends in one sentence and status 2."""
+    sys.stdout.reconfigure(errors="replace")  # not every console knows ± and ×
+    try:
+        main()
+        sys.stdout.flush()  # a closed pipe shows here at the latest
+    except (UserError, OSError, KeyboardInterrupt) as e:
+        print(str(e) or "\nInterrupted; the same command goes on from there.", file=sys.stderr)
+        if isinstance(e, OSError):  # perhaps of stdout itself, which Python would try once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(2)
+
+
+def write_whole(path, content):
+    """Writes bytes; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # no other process writes that
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def try_folder(path):
+    """Makes a folder and a file in it: what cannot be written shall fail before long work."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as e:
+        raise UserError(f"{path}: nothing can be written there ({e}); name another --out.")
+
+
 # -- Reading files
 def open_image(path):
-    """A decoded PIL image. Raises UserError if the file is missing, truncated or no image."""
+    """A decoded PIL image, turned upright as its EXIF says. Raises UserError if the file is
+    missing, truncated, no image, or of 16 bits, of which convert("RGB") would clip most."""
     try:
         image = Image.open(path)
         image.load()
-        return image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        if image.mode[0] in "IF":
+            raise ValueError("more than 8 bits a channel")
+        return ImageOps.exif_transpose(image)
+    except Exception as e:  # Pillow raises a dozen kinds for a damaged file
         raise UserError(f"{path}: not a readable image ({e}); replace it, or run data.py again.")
 
 
@@ -68,8 +108,14 @@ def read_mask(path):
     """The class indices 0-20 and 255 of a palette PNG -> (H, W) uint8. Raises UserError for other
     values or modes: convert("L") would turn the indices into the luminance of their colours."""
     mask = open_image(path)
-    if mask.mode not in ("P", "L") or not set(np.unique(mask)) <= {*range(21), IGNORE}:
-        raise UserError(f"{path}: a mask must be a palette PNG with the values 0-20 and 255 only.")
+    used = set(np.unique(mask).tolist())
+    binary = IGNORE in used and used <= {0, IGNORE}  # everything would be ignored
+    if mask.mode not in ("P", "L") or not used <= {*range(21), IGNORE} or binary:
+        raise UserError(f"{path}: a mask must be a palette PNG with the values 0-20 and 255 only, "
+                        "and not of 0 and 255 alone.")
+    palette = mask.getpalette() or []  # VOC's colours tell if an editor renumbered the classes
+    if any(VOC_COLOURS.get(tuple(palette[3 * i:3 * i + 3]), i) != i for i in used):
+        raise UserError(f"{path}: VOC's colours, but not its indices; save it with VOC's palette.")
     return np.array(mask)  # (H, W)
 
 
@@ -77,35 +123,46 @@ def read_coco(file, folder):
     """A COCO annotation file -> (category names, [(image path, record)]), sorted by image id.
 
     A record has the file's id, file_name, width and height, and "boxes": a list of {"name",
-    "xyxy", "area", "iscrowd"}. Boxes are clipped to their image; what then has no width or height
-    is skipped and counted. Raises UserError if the file cannot be read.
+    "xyxy", "area", "iscrowd"}. Boxes are clipped to their image; those of which less than a pixel
+    is left are skipped and named. Raises UserError, naming the entry that is wrong.
     """
-    skipped = 0
+    skipped, at = [], ""  # at: the annotation that is looked at
     try:
-        coco = json.loads(file.read_text(encoding="utf-8"))
+        coco = json.loads(file.read_text(encoding="utf-8-sig"))
+        for kind, key in (("images", "id"), ("images", "file_name"), ("categories", "id"),
+                          ("categories", "name"), ("annotations", "id")):
+            count = Counter(entry[key] for entry in coco[kind])
+            if len(count) < len(coco[kind]):
+                raise ValueError(f"two {kind} have the {key} {count.most_common(1)[0][0]}")
         names = {category["id"]: category["name"] for category in coco["categories"]}
+        if not all(isinstance(name, str) for name in names.values()):
+            raise ValueError("a category's name is no text")
         records = {record["id"]: {**record, "boxes": []} for record in coco["images"]}
-        for key, found in (("images", records), ("categories", names)):
-            if len(found) < len(coco[key]):
-                raise ValueError(f"two {key} have the same id")
         if not all(r["width"] > 0 and r["height"] > 0 for r in coco["images"]):
             raise ValueError("an image has no width or height")
         for a in coco["annotations"]:
-            record, (x, y, w, h) = records[a["image_id"]], a["bbox"]
+            at = f"annotation {a['id']}: "
+            if a["image_id"] not in records or a["category_id"] not in names:
+                raise ValueError("its image or category is not listed")
+            (x, y, w, h), area, crowd = a["bbox"], a.get("area", 0), a.get("iscrowd", 0)
+            finite = [isinstance(v, (int, float)) and abs(v) < 1e10 for v in (x, y, w, h, area)]
+            if not all(finite) or area < 0 or crowd not in (0, 1):  # NaN is not finite either
+                raise ValueError("bbox and area must be numbers, and iscrowd 0 or 1")
+            record = records[a["image_id"]]
             x1, x2 = max(x, 0), min(x + w, record["width"])
             y1, y2 = max(y, 0), min(y + h, record["height"])
-            if x2 > x1 and y2 > y1:
+            if min(x2 - x1, y2 - y1) > 0.99:  # a pixel, as rounded in files
                 box = {"name": names[a["category_id"]], "xyxy": [x1, y1, x2, y2]}
-                box |= {"area": float(a.get("area", w * h)), "iscrowd": int(a.get("iscrowd", 0))}
+                box |= {"area": float(a.get("area", w * h)), "iscrowd": int(crowd)}
                 record["boxes"].append(box)
             else:
-                skipped += 1
+                skipped.append(a["id"])
         samples = [(folder / record["file_name"], record) for _, record in sorted(records.items())]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{file}: no readable COCO annotations ({type(e).__name__}: {e}); prepare "
-                        "it again.")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        raise UserError(f"{file}: no readable COCO annotations: {at}{type(e).__name__}: {e}; "
+                        "correct it, or prepare it again.")
     if skipped:
-        print(f"{file}: skipped {skipped} boxes without width or height inside their image")
+        print(f"{file}: skipped {len(skipped)} boxes without a pixel inside, annotations {skipped}")
     return list(names.values()), samples
 
 
@@ -122,21 +179,25 @@ def write_coco(folder, split, records, names):
     categories = [{"id": i, "name": name} for i, name in enumerate(names, 1)]
     coco = {"images": images, "annotations": annotations, "categories": categories}
     file = folder / "annotations" / f"mini_instances_{split}2017.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(coco, separators=(",", ":")), encoding="utf-8")
+    write_whole(file, json.dumps(coco, separators=(",", ":")).encode())
 
 
 def list_split(root, task, split):
-    """One split on disk -> (class names, [(image path, COCO record or None)]), sorted."""
+    """One split on disk -> (class names, [(image path, COCO record or None)]), sorted. Files that
+    are left out are counted and named."""
     folder, names = Path(root) / FOLDERS[task] / split, VOC_CLASSES
     if task == "det":
         file = folder.parent / "annotations" / f"mini_instances_{split}2017.json"
         names, samples = read_coco(file, folder)
     else:
-        files = sorted(folder.glob("*" if task == "seg" else "[!.]*/[!.]*"))
+        files = sorted(folder.glob("[!.]*" if task == "seg" else "[!.]*/[!.]*"))
         samples = [(p, None) for p in files if task == "cls" or p.suffix.lower() in JPEG]
     if task == "cls":
         names = sorted({path.parent.name for path, _ in samples})
+    used = {path.with_suffix("") for path, _ in samples}  # a mask has the name of its photo
+    unused = [p for p in folder.rglob("[!.]*") if p.is_file() and p.with_suffix("") not in used]
+    if unused:
+        print(f"{folder}: leaves out {len(unused)} files that are no sample, as {unused[0].name}")
     return names, samples
 
 
@@ -168,18 +229,12 @@ def load_det(path, size, record, classes):
     return image, {"boxes": boxes, "labels": labels}, {**record, "boxes": known}
 
 
-def load_cls(path, classes):
-    """A photo in a folder named by its class -> (image, {"labels": (1,)}, truth: the label)."""
-    label = classes.index(path.parent.name)
-    return open_image(path), {"labels": torch.tensor([label])}, label
-
-
 class MiniSet:
     """One split of one task, decoded once and held in memory: 3·size² bytes an image.
 
     batch    (images (N, 3, size, size) uint8, target), where the target is {"mask": (N, size,
              size)}, {"boxes": (N, M, 4), "labels": (N, M)} or {"labels": (N, 1)}
-    truth    one a photo, see `load_seg`, `load_det`, `load_cls`
+    truth    one a photo, see `load_seg`, `load_det`; the label in classification
     classes  the names whose position is the index (default: the split's own), at most 10 in
              detection and classification; boxes and images of others are left out and named,
              and these names are in `unknown`
@@ -196,9 +251,10 @@ class MiniSet:
                   f"{', '.join(self.classes)}")
         if task == "cls":
             samples = [(path, r) for path, r in samples if path.parent.name in self.classes]
+        folder = Path(root) / FOLDERS[task] / split
         if not samples:
-            raise UserError(f"{Path(root) / FOLDERS[task] / split}: no images (of known classes); "
-                            "run `python data.py`, or name another --data.")
+            raise UserError(f"{folder}: no images (of known classes); run `python data.py`, or "
+                            "name another --data.")
         self.paths, self.truth, images, targets = [path for path, _ in samples], [], [], []
 
         for path, record in samples:
@@ -207,15 +263,17 @@ class MiniSet:
             elif task == "det":
                 photo, target, truth = load_det(path, size, record, self.classes)
             else:
-                photo, target, truth = load_cls(path, self.classes)
+                photo, truth = open_image(path), self.classes.index(path.parent.name)
+                target = {"labels": torch.tensor([truth])}
             square = photo.convert("RGB").resize((size, size), Image.BILINEAR)
             images.append(pil_to_tensor(square))  # (3, size, size)
             targets.append(target)
             self.truth.append(truth)
-        columns = {key: [target[key] for target in targets] for key in targets[0]}
-        for key, column in columns.items():  # detection: as many boxes in every image
-            padded = task == "det"
-            columns[key] = pad_sequence(column, True, -1) if padded else torch.stack(column)
+        padding = -1 if task == "det" else 0  # only boxes differ in number and are padded
+        columns = {key: pad_sequence([target[key] for target in targets], True, padding)
+                   for key in targets[0]}
+        if task == "det" and not (columns["labels"] >= 0).any():
+            raise UserError(f"{folder}: no box of a known class but crowds; name another --data.")
         self.batch = torch.stack(images), columns
 
     def __len__(self):
@@ -331,16 +389,22 @@ def move_boxes(target, window, old_size, size):
 # -- Sampling photos
 @contextmanager
 def new_folder(path):
-    """A temporary folder that becomes `path` once the block is through; until then, and if the
-    block fails, whatever stood at `path` stays."""
+    """A temporary folder beside `path` that takes its place once the block is through. Nothing is
+    replaced: raises UserError if by then, or before, more than an empty folder is there."""
+    if path.is_file() or os.path.ismount(path) or path.exists() and os.listdir(path):
+        raise UserError(f"{path}: is there already, or a mount point, and nothing is ever "
+                        "overwritten; delete it, or name a new folder.")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{path.name}.", dir=path.parent) as temporary:
         new = Path(temporary) / "new"
         new.mkdir()
         yield new
-        if path.exists():
-            path.rename(Path(temporary) / "old")
-        new.rename(path)
+        try:
+            if path.exists():
+                path.rmdir()  # fails unless it is empty
+            new.rename(path)
+        except OSError as e:
+            raise UserError(f"{path}: another process was faster ({e}).")
 
 
 def cover(labels, rng):
@@ -365,6 +429,7 @@ def pool(originals, task, split):
         coco = originals / "coco"
         file = coco / "annotations" / f"instances_{split}2017.json"
         for path, record in read_coco(file, coco / f"{split}2017")[1]:
+            record["file_name"] = path.name  # without folders, as it will be copied
             record["boxes"] = [box for box in record["boxes"] if box["name"] in COCO_CLASSES]
             classes = {box["name"] for box in record["boxes"] if not box["iscrowd"]}
             if classes:
@@ -372,10 +437,13 @@ def pool(originals, task, split):
         return found
     voc = originals / "VOCdevkit" / "VOC2012"
     file = voc / "ImageSets" / "Segmentation" / f"{split}.txt"
-    for name in file.read_text(encoding="utf-8").split() if file.is_file() else []:
+    for name in file.read_text(encoding="utf-8-sig").split() if file.is_file() else []:
         mask = voc / "SegmentationClass" / f"{name}.png"
-        classes = set(np.unique(read_mask(mask)).tolist()) - {0, IGNORE}
-        found[name] = classes, voc / "JPEGImages" / f"{name}.jpg", mask
+        try:
+            classes = set(np.unique(read_mask(mask)).tolist()) - {0, IGNORE}
+            found[name] = classes, voc / "JPEGImages" / f"{name}.jpg", mask
+        except UserError as e:
+            print(f"skipped: {e}")
     return found
 
 
@@ -398,8 +466,11 @@ def fingerprint(path, record, taken):
 def select(candidates, task, wanted, rng, taken, fetch):
     """Names of `wanted` candidates, sorted: sound photos unlike all `taken`, the classes covered.
     Others are skipped and named. fetch: download COCO's photos as they are needed."""
-    names = []
-    for name in cover({name: classes for name, (classes, *_) in candidates.items()}, rng):
+    names, labels = [], {name: classes for name, (classes, path, _) in candidates.items()
+                         if fetch or path.is_file()}
+    if len(labels) < len(candidates):
+        print(f"skipped: {len(candidates) - len(labels)} photos that are not there")
+    for name in cover(labels, rng):
         if len(names) == wanted:
             break
         _, path, extra = candidates[name]
@@ -414,34 +485,30 @@ def select(candidates, task, wanted, rng, taken, fetch):
     return sorted(names)
 
 
-def prepare(out, originals, seed=0, fetch=False):
-    """Writes the three mini-sets and sample.json (the names) to `out`, sampled from `originals`.
-    Raises UserError if too few photos are left, or if `out` holds what is not of this function."""
-    out, rng, taken = Path(out).resolve(), random.Random(seed), []
+def prepare(root, originals, seed=0, fetch=False):
+    """Writes the three mini-sets and sample.json (the names) to the folder `root`, sampled from
+    `originals`. Raises UserError if too few photos are left."""
+    rng, taken = random.Random(seed), []
     chosen = {folder: {} for folder in FOLDERS.values()}
-    there = {path.name for path in out.glob("*")}
-    if there and (there - {*FOLDERS.values(), "sample.json"} or "sample.json" not in there):
-        raise UserError(f"{out}: holds what data.py did not write; choose another --out.")
-    with new_folder(out) as root:
-        for task, (split, wanted) in product(TASKS, COUNTS.items()):
-            candidates, folder = pool(originals, task, split), root / FOLDERS[task]
-            names = select(candidates, task, wanted, rng, taken, fetch)
-            if len(names) < wanted:
-                raise UserError(f"{originals}: {len(names)} of {wanted} images for {folder.name} "
-                                f"{split}; complete it.")
-            for name in names:
-                _, path, extra = candidates[name]
-                target = folder / split / (name if task == "cls" else path.name)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, target)
-                if task == "seg":
-                    shutil.copyfile(extra, target.with_suffix(".png"))
-            if task == "det":
-                write_coco(folder, split, [candidates[name][2] for name in names], COCO_CLASSES)
-            chosen[folder.name][split] = names
-            MiniSet(root, task, split, 32)  # loads everything once, which checks it
-            print(f"{folder.name} {split}: {wanted} images", flush=True)
-        (root / "sample.json").write_text(json.dumps(chosen, indent=1), encoding="utf-8")
+    for task, (split, wanted) in product(TASKS, COUNTS.items()):
+        candidates, folder = pool(originals, task, split), root / FOLDERS[task]
+        names = select(candidates, task, wanted, rng, taken, fetch)
+        if len(names) < wanted:
+            raise UserError(f"{originals}: {len(names)} of {wanted} images for {folder.name} "
+                            f"{split}; complete it.")
+        for name in names:
+            _, path, extra = candidates[name]
+            target = folder / split / (name if task == "cls" else path.name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+            if task == "seg":
+                shutil.copyfile(extra, target.with_suffix(".png"))
+        if task == "det":
+            write_coco(folder, split, [candidates[name][2] for name in names], COCO_CLASSES)
+        chosen[folder.name][split] = names
+        MiniSet(root, task, split, 32)  # loads everything once, which checks it
+        print(f"{folder.name} {split}: {wanted} images", flush=True)
+    (root / "sample.json").write_text(json.dumps(chosen, indent=1), encoding="utf-8")
 
 
 def download_originals(root):
@@ -456,18 +523,18 @@ def download_originals(root):
                 zipfile.ZipFile(file).extractall(root / "coco", members)
             else:
                 shutil.unpack_archive(file, root, filter="data")  # nothing outside of root
-    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, tarfile.TarError) as e:
+    except Exception as e:  # of the network, the disk, or one of a dozen kinds for bad archives
         raise UserError(f"The download failed ({e}); try again: whole archives are kept.")
 
 
 def fetch_image(url, path):
     """Downloads one photo of COCO; the file appears only once it is whole. Raises UserError."""
-    part = path.with_name(f"{path.name}.part")
-    part.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        download_url(url, str(part.parent), part.name)
-        open_image(part)
-        part.rename(path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            download_url(url, folder, path.name)
+            open_image(Path(folder) / path.name)
+            (Path(folder) / path.name).rename(path)
     except (UserError, OSError) as e:
         raise UserError(f"{url}: the download failed ({e}); try again: whole photos are kept.")
 
@@ -480,9 +547,10 @@ SHAPES = [f"{colour}-{outline}" for colour, outline in zip(COLOURS, 2 * [*CORNER
 
 def write_shapes(root, counts=COUNTS, size=96, seed=0):
     """Writes three mini-sets of drawn shapes in the layout of the photos. A class has its hue and
-    outline; size, turn, brightness and overlap vary. `root` appears whole or not at all."""
+    outline; size, turn, brightness and overlap vary. `root` appears whole or not at all; if it is
+    there by then, another process drew the same."""
     rng = np.random.default_rng(seed)
-    with new_folder(Path(root)) as new:
+    with suppress(UserError), new_folder(Path(root)) as new:
         for task, (split, n) in product(TASKS, counts.items()):
             folder, records = new / FOLDERS[task] / split, []
             for i in range(n):
@@ -538,11 +606,14 @@ def main(argv=None):
     add("--seed", type=int, default=0, help="fixes the draw (default: %(default)s)")
     args = parser.parse_args(argv)
     originals = Path(args.originals or "originals")
-    if not args.originals:
-        download_originals(originals)
-    prepare(args.out, originals, args.seed, fetch=not args.originals)
+    out = Path(args.out).resolve()
+    try_folder(out.parent)
+    with new_folder(out) as root:  # entered before anything is downloaded
+        if not args.originals:
+            download_originals(originals)
+        prepare(root, originals, args.seed, fetch=not args.originals)
     print(f"Wrote {args.out}. The originals in {originals} are no longer needed.")
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

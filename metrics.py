@@ -23,7 +23,8 @@ from pycocotools.cocoeval import COCOeval
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from data import FOLDERS, IGNORE, SHAPES, TASKS, MiniSet, UserError, normalise, open_image, take
+from data import (FOLDERS, IGNORE, SHAPES, TASKS, VOC_PALETTE, MiniSet, UserError, command,
+                  normalise, open_image, take, try_folder, write_whole)
 from model import detections, load_model
 
 NAMES = {"seg": "mIoU", "det": "mAP@50", "cls": "Top-1"}
@@ -123,7 +124,8 @@ def evaluate(model, splits, device, batch_size=8):
 def evaluate_saved(args):
     """Measures the model of `--eval` on the val split of a folder -> the dict that it writes."""
     (model, size, classes), root = load_model(args.eval), Path(args.data)
-    every = "all" in args.tasks
+    file, every = Path(args.out or Path(args.eval).parent / "eval.json"), "all" in args.tasks
+    try_folder(file.parent)
     tasks = [t for t in TASKS if t in args.tasks or every and (root / FOLDERS[t]).is_dir()]
     if not tasks:
         raise UserError(f"--data {root}: none of {', '.join(FOLDERS.values())} is there.")
@@ -137,7 +139,6 @@ def evaluate_saved(args):
     for t in tasks:
         extra = f" (mAP@50:95 {scores['map_50_95']:.4f})" if t == "det" else ""
         print(f"{t}: {NAMES[t]} {scores[t]:.4f}{extra} on {len(val[t])} images")
-    file = Path(args.out or Path(args.eval).parent / "eval.json")
     write_json(file, scores)
     print(f"Wrote {file}")
     return scores
@@ -283,16 +284,13 @@ def digest(*paths):
                   for name in names)
         for file in [path] if path.is_file() else sorted(inside):
             if file.is_file():  # a broken link is none
-                result.update(str(file.relative_to(path)).encode() + file.read_bytes())
+                result.update(os.fsencode(file.relative_to(path)) + file.read_bytes())
     return result.hexdigest()
 
 
 def write_json(path, value):
     """Writes JSON; the file appears whole or not at all."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    part = Path(f"{path}.{os.getpid()}.part")  # no other process writes that
-    part.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    part.replace(path)
+    write_whole(Path(path), json.dumps(value, indent=1).encode())
 
 
 # -- Pictures: charts are drawn in double size and reduced at the end, which smooths their lines
@@ -427,8 +425,6 @@ def draw_comparison(groups, file):
 # "cls": (name, probability)}, all in pixels of the photo. The truth has None for a score.
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 SHOWN = 0.3  # boxes below this score are left out
-PALETTE = [sum((c >> 3 * j + k & 1) << 7 - j for j in range(3)) for c in range(256)
-           for k in range(3)]  # VOC's colours: red, green, blue of each class
 
 
 @torch.no_grad()
@@ -483,7 +479,7 @@ def annotated(photo, found, names, side):
         mask = torch.from_numpy(np.array(mask))  # (H, W)
         there = [c for c in mask.unique().tolist() if c not in (0, IGNORE)]
         for c in there:
-            image = draw_segmentation_masks(image, mask == c, 0.6, tuple(PALETTE[3 * c:3 * c + 3]))
+            image = draw_segmentation_masks(image, mask == c, 0.6, VOC_PALETTE[c])
             y, x = (mask == c).nonzero().float().mean(0).tolist()
             tags.append(((x, y), names[c]))
     if found.get("det"):
@@ -555,8 +551,8 @@ def predict(args):
     model, names = model.to(args.device, memory_format=torch.channels_last), mask_names(classes)
     for path in photos:
         try:
-            photo = ImageOps.exif_transpose(open_image(path)).convert("RGB")
-        except (UserError, OSError, ValueError) as e:
+            photo = open_image(path).convert("RGB")
+        except UserError as e:
             print(f"skipped {e}")
             continue
         found, name = look_at(photo, model, size, classes), path.stem
@@ -564,7 +560,7 @@ def predict(args):
             name += "-2"
         annotated(photo, found, names, max(480, *photo.size)).save(out / f"{name}.png")
         mask = Image.fromarray(found["seg"])
-        mask.putpalette(PALETTE)
+        mask.putpalette(sum(VOC_PALETTE, ()))
         mask.save(out / "masks" / f"{name}.png")
         pixels = np.bincount(found["seg"].flatten()) / found["seg"].size
         shares = {names[c]: pixels[c].item() for c in pixels.nonzero()[0]}
@@ -582,10 +578,13 @@ def predict(args):
     return list(rows.values())
 
 
-if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # not every console knows ±
+def main():
     parser = argparse.ArgumentParser(description="Compares finished runs: a table and a picture.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders, as in runs/*")
     parser.add_argument("--out", default="comparison.png", help="(default: %(default)s)")
     args = parser.parse_args()
     print(f"{compare(args.runs, args.out)}\n\nThe picture is {args.out}")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -8,7 +8,7 @@ The head is a single branch: one convolution emits all 46 channels of a cell at 
 to every level of the pyramid with the same weights, as FCOS and RetinaNet share theirs
 (arXiv:1904.01355, 1708.02002). Other backbones and necks stand in two tables.
 """
-import os
+import io
 from functools import cache
 
 import torch
@@ -21,7 +21,7 @@ from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.ops import Conv2dNormActivation as ConvNorm  # convolution, BatchNorm, ReLU
 from torchvision.ops import FeaturePyramidNetwork, batched_nms
 
-from data import UserError
+from data import UserError, write_whole
 
 SEG, DET, CLS = slice(0, 21), slice(21, 36), slice(36, 46)  # the channel map of the head
 ROWS = {"seg": SEG, "det": DET, "cls": CLS}  # of the output layer, by task
@@ -386,10 +386,9 @@ def read_checkpoint(path):
 
 def write_checkpoint(path, state):
     """Writes a dict of tensors and plain values; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = f"{path}.{os.getpid()}.part"  # no other process writes that
-    torch.save(state, part)
-    os.replace(part, path)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_whole(path, buffer.getvalue())
 
 
 def save_model(path, model, image_size, classes):

@@ -10,7 +10,6 @@ import ast
 import hashlib
 import json
 import math
-import sys
 import time
 from itertools import product
 from pathlib import Path
@@ -26,7 +25,8 @@ import torch
 import torchvision
 from torch.nn.utils import parametrize
 
-from data import FOLDERS, TASKS, MiniSet, UserError, augment, take, write_shapes
+from data import (FOLDERS, TASKS, MiniSet, UserError, augment, command, take, try_folder,
+                  write_shapes)
 from forgetting import REMEDIES, STRENGTHS, Replay, build, default_strengths, strategy
 from losses import task_loss
 from metrics import (NAMES, compare, digest, draw_curves, draw_examples, evaluate, evaluate_saved,
@@ -364,6 +364,9 @@ class Run:
             if self.val[t].unknown:
                 raise UserError(f"{args.data}: val has {t} classes that train lacks: "
                                 f"{', '.join(self.val[t].unknown)}; add them or leave them out.")
+            if args.image_size == 32 and (len(self.train[t]) - 1) % args.batch_size == 0:
+                raise UserError(f"--image-size 32: too small for BatchNorm if {t}'s last batch is "
+                                "one image; choose another --batch-size.")
         self.data = {t: digest(Path(args.data) / FOLDERS[t]) for t in TASKS}
         self.surroundings = surroundings(args)
         self.done, self.total = 0, 2 * sum(args.epochs)  # epochs, of baselines and stages
@@ -528,6 +531,7 @@ def run(args):
     if then.get("surroundings") != now["surroundings"]:  # another code: its stages are stale
         for file in stages_of(args):
             file.unlink()
+    try_folder(Path(args.out).parent / ".baselines")
     write_json(started, now)
     print(f"{args.strategy} on {args.data} at {args.image_size} px, seed {args.seed}, "
           f"{args.device}; results go to {args.out}", flush=True)
@@ -539,6 +543,8 @@ def run(args):
 def benchmark(args):
     """Measures size and speed on this machine -> the dict that it prints and writes. images/s are
     those of the new task in one epoch of its stage, with the remedies of --strategy."""
+    file = Path(args.out or "benchmark.json")
+    try_folder(file.parent)
     this, speed = Run(argparse.Namespace(**vars(args) | {"epochs": [1] * 3, "seed": 0})), {}
     for stage, task in enumerate(TASKS):
         model, remedies = new_model(this.args), build(this.args)
@@ -559,7 +565,7 @@ def benchmark(args):
     result = {"args": vars(args), "torch": torch.__version__, "parameters": parameters,
               "latency_ms": {"p50": p50, "p95": p95}, "images_per_s": speed,
               "peak_memory_gib": memory}
-    write_json(args.out or "benchmark.json", result)
+    write_json(file, result)
     return result
 
 
@@ -567,20 +573,17 @@ def main(argv=None):
     """Runs the command line -> the results, a list of them for several seeds. See `--help`."""
     args = parse(argv)
     torch.backends.cudnn.benchmark = True  # few sizes of batches: let cuDNN find fast kernels
-    try:
-        if args.eval:
-            return evaluate_saved(args)
-        if args.predict:
-            return predict(args)
-        if args.benchmark:
-            return benchmark(args)
-        report = "" if args.report is None else f"report{args.report}-"
-        results, out = [], args.out or f"runs/{report}{args.strategy}"
-        for seed in dict.fromkeys(args.seed):
-            folder = out if args.out and len(args.seed) == 1 else f"{out}-seed{seed}"
-            results.append(run(argparse.Namespace(**{**vars(args), "seed": seed, "out": folder})))
-    except KeyboardInterrupt:
-        raise UserError("\nInterrupted. The same command goes on where it stopped.")
+    if args.eval:
+        return evaluate_saved(args)
+    if args.predict:
+        return predict(args)
+    if args.benchmark:
+        return benchmark(args)
+    report = "" if args.report is None else f"report{args.report}-"
+    results, out = [], args.out or f"runs/{report}{args.strategy}"
+    for seed in dict.fromkeys(args.seed):
+        folder = out if args.out and len(args.seed) == 1 else f"{out}-seed{seed}"
+        results.append(run(argparse.Namespace(**{**vars(args), "seed": seed, "out": folder})))
     if len(results) == 1:
         return results[0]
     print(f"\n{compare(r['args']['out'] for r in results)}")
@@ -588,5 +591,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # not every console knows ± and ×
-    main()
+    command(main)

@@ -449,7 +449,8 @@ def look_at(photo, model, size, classes):
 
 def mask_names(classes):
     """The names of a mask's classes; shapes are stored like VOC, but called what they are."""
-    return ["background", *SHAPES] if classes["det"] == SHAPES else classes["seg"]
+    drawn = ["background", *SHAPES, *classes["seg"][11:]]
+    return drawn if classes["det"] == SHAPES else classes["seg"]
 
 
 def tag(draw, at, text, size, taken):

@@ -10,6 +10,7 @@ import ast
 import hashlib
 import json
 import math
+import sys
 import time
 from itertools import product
 from pathlib import Path

@@ -3,6 +3,7 @@
 
     pytest test_all.py        needs no network and no photos
 """
+import hashlib
 import json
 import math
 import os
@@ -14,8 +15,10 @@ import tarfile
 import zipfile
 from copy import deepcopy
 from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -1796,6 +1799,128 @@ def test_a_last_batch_too_small_for_batchnorm_is_refused(shapes):
         train.Run(tiny_args(shapes, "--image-size", "32", "--batch-size", "19"))
 
 
+class CutsOff(SimpleHTTPRequestHandler):
+    """Serves files; the first answer ends half-way, as where a connection breaks."""
+
+    def log_message(self, *stuff):
+        pass
+
+    def copyfile(self, source, outputfile):
+        content = source.read()
+        whole = self.path in self.server.asked
+        self.server.asked.add(self.path)
+        outputfile.write(content if whole else content[:len(content) // 2])
+
+
+@pytest.fixture
+def archives_on_loopback(originals, tmp_path, monkeypatch):
+    """The three archives on a server whose first answers are cut off -> their folder."""
+    folder = tmp_path / "served"
+    pack_archives(originals, folder)
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(CutsOff, directory=folder)) as server:
+        server.asked = set()
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        sums = {f"{address}/{file.name}": hashlib.md5(file.read_bytes()).hexdigest()
+                for file in sorted(folder.iterdir())}
+        monkeypatch.setattr(data, "ARCHIVES", sums)
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        yield folder
+        server.shutdown()
+
+
+def download_until_whole(root):
+    """Every archive is cut off once: three refusals at most -> what the last one said."""
+    said = ""
+    for _ in range(4):
+        try:
+            data.download_originals(root)
+            return said
+        except UserError as e:
+            said = str(e)
+    return said
+
+
+def test_a_download_that_breaks_off_goes_on_and_is_whole_in_the_end(archives_on_loopback,
+                                                                   originals, tmp_path):
+    said = download_until_whole(tmp_path / "root")
+    assert "try again: whole archives are kept" in said
+    for folder in ("VOCdevkit", "imagenette2-160"):
+        assert file_contents(tmp_path / "root" / folder) == file_contents(originals / folder)
+
+
+def test_an_archive_with_another_checksum_is_never_extracted(archives_on_loopback, tmp_path):
+    for file in archives_on_loopback.iterdir():
+        file.write_bytes(file.read_bytes() + b"more")
+    assert "try again" in download_until_whole(tmp_path / "root")
+    assert not any(path.is_dir() for path in (tmp_path / "root").iterdir())
+
+
+def test_an_archive_cannot_write_outside_its_folder(archives_on_loopback, tmp_path, monkeypatch):
+    file = archives_on_loopback / "imagenette2-160.tgz"
+    with tarfile.open(file, "w:gz") as tar:
+        tar.add(__file__, "../evil.py")
+    sums = {url: hashlib.md5(file.read_bytes()).hexdigest() if url.endswith(file.name) else md5
+            for url, md5 in data.ARCHIVES.items()}
+    monkeypatch.setattr(data, "ARCHIVES", sums)
+    assert "outside" in download_until_whole(tmp_path / "root")
+    assert not (tmp_path / "evil.py").exists()
+
+
+def damage_annotations(root, rng):
+    """Puts nonsense in place of one value, leaves one out, or doubles an entry."""
+    coco = json.loads((root / VAL_BOXES).read_text(encoding="utf-8"))
+    entries = coco[rng.choice(["images", "annotations", "categories"])]
+    entry = rng.choice(entries)
+    key = rng.choice(sorted(entry))
+    kind = rng.randrange(3)
+    if kind == 0:
+        entry[key] = rng.choice([None, "text", [], {}, math.nan, math.inf, 1e30])
+    elif kind == 1:
+        del entry[key]
+    else:
+        entries.append(entry)
+    (root / VAL_BOXES).write_text(json.dumps(coco), encoding="utf-8")
+
+
+def damage_file(root, rng):
+    """Cuts a file, overwrites its beginning, deletes it, or gives it another name."""
+    folder = rng.choice(["mini_voc_seg", "mini_coco_det"])
+    file = rng.choice(sorted(path for path in (root / folder).rglob("*") if path.is_file()))
+    content = file.read_bytes()
+    rng.choice([lambda: file.write_bytes(content[:rng.randrange(len(content) - 2)]),
+                lambda: file.write_bytes(rng.randbytes(16) + content[16:]),
+                file.unlink, lambda: file.rename(file.with_suffix(".txt"))])()
+
+
+def damage_mask(root, rng):
+    """Moves the values of a mask, so that some are no class."""
+    file = rng.choice(sorted((root / "mini_voc_seg/val").glob("*.png")))
+    moved = (np.array(Image.open(file)).astype(int) + rng.randrange(30, 200)).astype(np.uint8)
+    Image.fromarray(moved).save(file)
+
+
+def test_damaged_sets_are_refused_or_the_difference_is_named(shapes, tmp_path, capsys):
+    val_only = tmp_path / "val_only"
+    shutil.copytree(shapes, val_only, ignore=shutil.ignore_patterns("train", "*_train*"))
+    whole = {task: MiniSet(val_only, task, "val", 32) for task in ("seg", "det")}
+    rng = random.Random(0)
+    for trial in range(int(os.environ.get("TRIALS", 50))):
+        root = shutil.copytree(val_only, tmp_path / f"{trial}")
+        rng.choice([damage_annotations, damage_file, damage_mask])(root, rng)
+        capsys.readouterr()
+        try:
+            for task, before in whole.items():
+                now = MiniSet(root, task, "val", 32, before.classes)
+                same = len(now) == len(before) and all(
+                    torch.equal(a, b) for a, b in zip(now.batch[1].values(),
+                                                      before.batch[1].values()))
+                assert same or capsys.readouterr().out, f"trial {trial}: wrong without a word"
+        except UserError as e:
+            assert "\n" not in str(e)
+        shutil.rmtree(root)
+
+
 # -- The command line
 
 WRONG_FLAGS = [
@@ -2040,6 +2165,25 @@ def test_a_killed_process_loses_nothing(shapes, finished, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "cls epoch" in said and not any(f"{task} epoch" in said for task in ("seg", "det"))
     assert_same_run(tmp_path / "run", finished[0].parent / "mix")
+
+
+@pytest.mark.skipif("KILLS" not in os.environ, reason="takes minutes: KILLS=100 pytest -k kills")
+def test_kills_at_any_moment_lose_nothing(shapes, tmp_path):
+    mix = ["--strategy", "replay+lwf+isolation", "--epochs", "2", "--image-size", "32"]
+    train.main(tiny_flags(shapes, tmp_path / "whole/run", *mix))
+    command = [sys.executable, train.__file__, *tiny_flags(shapes, tmp_path / "cut/run", *mix)]
+    rng, kills = random.Random(0), 0
+    while kills < int(os.environ["KILLS"]):
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            process.stdout.readline()  # by then it has been imported
+            try:
+                process.communicate(timeout=rng.uniform(0, 3))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                kills += 1
+        if process.returncode == 0:
+            assert_same_run(tmp_path / "cut/run", tmp_path / "whole/run")
+            shutil.rmtree(tmp_path / "cut")
 
 
 @pytest.fixture

@@ -85,10 +85,11 @@ def make_parser():
     parser = argparse.ArgumentParser(
         usage="python train.py [--flag VALUE ...]",
         description=__doc__, epilog="\n".join(["other defaults, by data and strategy:", *tables]),
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 30))
     add = parser.add_argument_group("the run").add_argument
-    add("--strategy", type=strategy, default="replay", help="against forgetting: none, any of "
-        f"{', '.join(REMEDIES)} joined by +, or joint: all tasks at once (default: %(default)s)")
+    add("--strategy", type=strategy, default="replay", metavar="NAME", help="against forgetting: "
+        f"none, any of {', '.join(REMEDIES)} joined by +, or joint: all tasks at once (default: "
+        "%(default)s; on photos use replay+lwf+isolation)")
     add("--data", help="folder of the mini-sets, or 'shapes' (default: data/ if it is prepared)")
     add("--out", help="its folder (default: runs/[reportN-]STRATEGY-seedN; several seeds append "
         "-seedN); of --predict the folder, of --eval and --benchmark the JSON file to write")
@@ -115,15 +116,16 @@ def make_parser():
 
 def add_network_flags(group):
     add = group.add_argument
-    add("--backbone", choices=BACKBONES, default="mobilenet_v3_small", help="(default: "
-        "%(default)s)")
-    add("--taps", type=numbers(0, kind=int), nargs="+", metavar="BLOCK", help="the backbone's "
-        "blocks that feed the neck, finest first (default: those in model.BACKBONES)")
-    add("--neck", choices=NECKS, default="fpn", help="(default: %(default)s)")
-    add("--width", type=numbers(1, 1024, int), default=128, help="channels of the neck (default: "
-        "%(default)s)")
-    add("--hidden", type=numbers(1, 1024, int), default=128, help="channels of the head's hidden "
-        "layer (default: %(default)s)")
+    add("--backbone", choices=BACKBONES, default="mobilenet_v3_small", metavar="NAME",
+        help=f"{', '.join(BACKBONES)} (default: %(default)s)")
+    add("--taps", type=numbers(0, kind=int), nargs="+", metavar="N", help="blocks of the "
+        "backbone that feed the neck, finest first (default: those in model.BACKBONES)")
+    add("--neck", choices=NECKS, default="fpn", metavar="NAME",
+        help=f"{', '.join(NECKS)} (default: %(default)s)")
+    add("--width", type=numbers(1, 1024, int), default=128, metavar="N",
+        help="channels of the neck (default: %(default)s)")
+    add("--hidden", type=numbers(1, 1024, int), default=128, metavar="N",
+        help="channels of the head's hidden layer (default: %(default)s)")
     add("--head-layers", type=int, choices=[2, 3], default=2, help="3: two hidden ones, with "
         "BatchNorm (default: %(default)s)")
     add("--head-stride", type=int, choices=[8, 16, 32], help="of the one map that the head reads "
@@ -139,11 +141,11 @@ def add_recipe_flags(group):
     add("--lr", **three, type=numbers(1e-9), help="peak learning rate of neck and head")
     add("--trunk-lr", **three, type=numbers(0), help="the backbone's share of it")
     add("--batch-size", type=numbers(1, kind=int), metavar="N", help="images a step")
-    add("--box-loss", choices=["giou", "smooth_l1", "mse"], default="giou", help="of detection; "
-        "the last two compare offsets (default: %(default)s)")
+    add("--box-loss", choices=["giou", "smooth_l1", "mse"], default="giou", metavar="NAME",
+        help="of detection: giou, or smooth_l1 or mse of the offsets (default: %(default)s)")
     add("--conf-loss", choices=["bce", "focal"], default="bce", help="of detection; focal has "
         "gamma 1 (default: %(default)s)")
-    add("--conf-warmup", type=numbers(0, kind=int), default=0, metavar="EPOCHS", help="of bce "
+    add("--conf-warmup", type=numbers(0, kind=int), default=0, metavar="N", help="epochs of bce "
         "before focal (default: %(default)s)")
     add("--bn", choices=["fixed", "live"], default="fixed", help="live: BatchNorm statistics "
         "follow every stage's images, which forgets (default: %(default)s)")
@@ -153,8 +155,8 @@ def add_remedy_flags(group):
     add, three = group.add_argument, {"nargs": "+", "action": OneOrThree, "metavar": "X"}
     add("--replay-images", type=numbers(1, 10, int), default=10, metavar="N",
         help="stored images per old task; the rules allow 10 (default: %(default)s)")
-    add("--replay-tasks", nargs="+", choices=TASKS[:2], default=["seg", "det"], help="old tasks to "
-        "replay (default: both)")
+    add("--replay-tasks", nargs="+", choices=TASKS[:2], default=["seg", "det"], metavar="TASK",
+        help="old tasks to replay: seg, det (default: both)")
     add("--replay-batch", type=numbers(1, kind=int), metavar="N", help="stored images per old task "
         "in a step")
     add("--replay-weight", **three, type=numbers(0), help="weight of an old task's loss on stored "

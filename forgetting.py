@@ -14,8 +14,9 @@ To add a remedy, write a class with those methods of `Remedy` that it needs:
     penalty(task, model, images, out)  a scalar, added to the loss in every step of `task`; `out`
                                        holds the outputs of `task` and of all that was wanted; what
                                        it changes in the remedy is lost where a run is interrupted
-then enter it in REMEDIES, before isolation, and its flags, if any, in `train.add_remedy_flags`,
-those with three values also in the first row of STRENGTHS. Autograd does the rest. MAS
+(and stores_weights = True if it stores any), then enter it in REMEDIES, before isolation, and its
+flags, if any, in `train.add_remedy_flags`, those with three values also in the first row of
+STRENGTHS. Autograd does the rest. MAS
 (arXiv:1711.09601), for instance, is EWC with another `importance`: the mean absolute gradient of
 the squared norm of the outputs (of detection: all but the boxes, which are pixels).
 """
@@ -57,6 +58,7 @@ STRENGTHS = {
 
 class Remedy:
     """What a remedy does where it does not say otherwise: nothing."""
+    stores_weights = False  # if it does, it cannot be joined with isolation
 
     def __init__(self, args):
         self.args = args
@@ -165,6 +167,7 @@ class EWC(Remedy):
     mean differs thirtyfold between tasks and more than twofold between image sizes; with it, λ is
     the mean stiffness of the springs.
     """
+    stores_weights = True
 
     def __init__(self, args):
         super().__init__(args)
@@ -255,9 +258,9 @@ def strategy(text):
     if not known or len(set(names)) < len(names):
         raise argparse.ArgumentTypeError(f"{text}: choose none, joint, or any of "
                                          f"{', '.join(REMEDIES)}, each once, joined by +")
-    if {"ewc", "isolation"} <= set(names):
-        raise argparse.ArgumentTypeError(f"{text}: isolation widens the network, and EWC's springs "
-                                         "do not fit any more; leave one of them out")
+    if "isolation" in names and any(REMEDIES[name].stores_weights for name in names):
+        raise argparse.ArgumentTypeError(f"{text}: isolation widens the network, and stored "
+                                         "weights do not fit any more; leave it out")
     return "+".join(sorted(names, key=[*REMEDIES, *names].index))
 
 

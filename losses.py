@@ -4,8 +4,9 @@ Detection is a hand-written YOLO-style loss; here is one box of it in numbers. A
 xyxy = (40, 60, 104, 124) of a 256x256 image: centre (72, 92), size 64x64. Its longer side is in
 [64, 128), so it belongs to the level of stride 16. Its centre lies in the cell of column
 floor(72 / 16) = 4 and row floor(92 / 16) = 5, row-major index 5 * 16 + 4 = 84 of that level's
-map. The neighbours of that cell whose centres lie inside the box are positive as well ("centre
-sampling", FCOS, section 3.3: more positives per object).
+map. The neighbours of that cell whose centres lie inside the box, less than 1.5 strides from its
+centre, are positive as well ("centre sampling", FCOS, section 3.3: more positives per object):
+columns 3 to 5 of rows 4 to 6.
 
 Say that this cell predicts (48, 60, 112, 124), 8 px too far right. The two boxes share 56 * 64 =
 3,584 px, together they cover 2 * 4,096 - 3,584 = 4,608, and the smallest box around both has
@@ -106,7 +107,7 @@ def assign(boxes, labels, cells, radius=1.5):
     inside = (x > x1) & (x < x2) & (y > y1) & (y < y2)
     near = ((x - cx).abs() < radius * stride) & ((y - cy).abs() < radius * stride)
 
-    claim = fits & (same_column & same_row | inside & near) & (labels >= 0).unsqueeze(1)
+    claim = fits & ((same_column & same_row) | (inside & near)) & (labels >= 0).unsqueeze(1)
     area = torch.where(claim, (x2 - x1) * (y2 - y1), torch.inf)  # (B, N, M)
     smallest, index = area.min(2)  # (B, N)
     return torch.where(smallest.isinf(), -1, index)
@@ -132,7 +133,8 @@ def det_loss(det, target, cells, box_loss="giou", conf_loss="bce"):
         distance = error(encode(det[..., :4], cells), encode(boxes, cells), reduction="none").sum(2)
     total_box_loss = (distance * positive).sum()
     if conf_loss == "focal":
-        confidence_loss = sigmoid_focal_loss(det[..., 4], quality, -1, 1, reduction="sum")
+        confidence_loss = sigmoid_focal_loss(det[..., 4], quality, alpha=-1, gamma=1,
+                                             reduction="sum")
     else:
         confidence_loss = F.binary_cross_entropy_with_logits(det[..., 4], quality, reduction="sum")
     class_loss = F.cross_entropy(det[..., 5:].flatten(0, 1), labels.flatten(),

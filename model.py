@@ -175,7 +175,7 @@ class OneHead(nn.Module):
         return list(self.neck(dict(enumerate(maps))).values())[self.read]
 
     def scene(self, level):
-        """The head on the mean of a level (B, C, h, w), its own neighbour on all sides ->
+        """The head on the mean of a level (B, C, h, w), padded by itself, not by zeros ->
         (B, 46, 1, 1)."""
         mean = level.mean((2, 3), keepdim=True)  # (B, C, 1, 1)
         return self.head(mean.expand(-1, -1, 3, 3))[..., 1:2, 1:2]
@@ -193,19 +193,21 @@ class OneHead(nn.Module):
         """
         maps = self.backbone(images)  # (B, 24, H/8, W/8), (B, 48, H/16, W/16), (B, 576, H/32, W/32)
         levels = self.levels(maps, images.shape[2:], only_coarsest=set(tasks) == {"cls"})
-        maps = [self.head(level) for level in levels]  # (B, 46, H/s, W/s) each
+        outputs = [self.head(level) for level in levels]  # (B, 46, H/s, W/s) each
 
         out = {}
         if "seg" in tasks:
-            out["seg"] = sum(resize(m[:, SEG], maps[0].shape[2:]) for m in maps)
+            out["seg"] = sum(resize(m[:, SEG], outputs[0].shape[2:]) for m in outputs)
             if len(levels) > 1:
                 out["seg"] = self.scene(levels[-1])[:, SEG] + out["seg"]
         if "det" in tasks:
-            rows = torch.cat([m[:, DET].flatten(2) for m in maps], 2).transpose(1, 2)  # (B, N, 15)
+            rows = torch.cat([m[:, DET].flatten(2) for m in outputs], 2)  # (B, 15, N)
+            rows = rows.transpose(1, 2)
             out["cells"] = cells(*images.shape[-2:], tuple(self.strides), images.device)  # (N, 3)
-            out["det"] = torch.cat([decode(rows[..., :4], out["cells"]), rows[..., 4:]], 2)
+            boxes = decode(rows[..., :4], out["cells"])  # (B, N, 4)
+            out["det"] = torch.cat([boxes, rows[..., 4:]], 2)  # (B, N, 15)
         if "cls" in tasks:
-            out["cls"] = maps[-1][:, CLS].mean((2, 3))  # (B, 10)
+            out["cls"] = outputs[-1][:, CLS].mean((2, 3))  # (B, 10)
         return out
 
     def batchnorms(self):

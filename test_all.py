@@ -1919,7 +1919,7 @@ WRONG_FLAGS = [
     ("--strategy prayer", "prayer: choose none, joint"),
     ("--strategy joint+ewc", "joint+ewc: choose none, joint"),
     ("--strategy ewc+ewc", "each once"),
-    ("--strategy isolation+ewc", "leave one of them out"),
+    ("--strategy isolation+ewc", "stored weights do not fit"),
     ("--strategy isolation --neck none", "isolation widens an FPN"),
     ("--report 5", "invalid choice: 5"),
     ("--neck wide", "invalid choice: 'wide'"),
@@ -2010,7 +2010,8 @@ def test_strengths_follow_strategy_and_weights(flags, expected, empty_cwd):
 def test_a_run_is_named_by_strategy_and_seed(empty_cwd, monkeypatch):
     monkeypatch.setattr(train, "run", lambda args: args.out)
     assert train.main(["--strategy", "ewc", "--seed", "4"]) == "runs/ewc-seed4"
-    assert train.main(["--report", "2"]) == "runs/report2-replay-seed0"
+    assert train.main(["--report", "2"]) == "runs/replay-report-2-seed0"
+    assert train.main(["--bn", "live", "--lr", "0.5"]) == "runs/replay-lr-0.5-0.5-0.5-bn-live-seed0"
     assert train.main(["--out", "mine"]) == "mine"
 
 

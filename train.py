@@ -10,6 +10,7 @@ import ast
 import hashlib
 import json
 import math
+import re
 import sys
 import time
 from itertools import product
@@ -31,7 +32,7 @@ from data import (FOLDERS, TASKS, MiniSet, UserError, augment, command, take, tr
 from forgetting import REMEDIES, STRENGTHS, Replay, build, default_strengths, strategy
 from losses import task_loss
 from metrics import (NAMES, compare, digest, draw_curves, draw_examples, evaluate, evaluate_saved,
-                     examples, judge, latency, load_run, predict, show, write_json)
+                     examples, judge, latency, load_run, predict, row_name, show, write_json)
 from model import (BACKBONES, NECKS, OneHead, load_weights, read_checkpoint, save_model,
                    write_checkpoint)
 
@@ -91,15 +92,16 @@ def make_parser():
         f"none, any of {', '.join(REMEDIES)} joined by +, or joint: all tasks at once (default: "
         "%(default)s; on photos use replay+lwf+isolation)")
     add("--data", help="folder of the mini-sets, or 'shapes' (default: data/ if it is prepared)")
-    add("--out", help="its folder (default: runs/[reportN-]STRATEGY-seedN; several seeds append "
-        "-seedN); of --predict the folder, of --eval and --benchmark the JSON file to write")
+    add("--out", help="folder of the run (default: runs/STRATEGY-FLAGS-seedN with the flags that "
+        "differ from the defaults; several seeds append -seedN); of --predict the folder, of "
+        "--eval and --benchmark the JSON file to write")
     add("--seed", type=numbers(0, 2**32, int), nargs="+", default=[0], metavar="N", help="fixes "
         "everything random; several make a run each (default: 0)")
     add("--device", choices=DEVICES, default=DEVICES[-1], help="(default: %(default)s)")
     add("--eval-every", type=numbers(0, kind=int), default=5, metavar="N", help="epochs between "
         "measurements, for curves.png; 0: only at a stage's end (default: %(default)s)")
-    add("--report", type=int, choices=range(len(REPORTS)), help="the flags of a published system; "
-        "those given besides count")
+    add("--report", type=int, choices=range(len(REPORTS)), help="the flags of a published system, "
+        "see .assets/reports.md; flags given besides override them")
     group = parser.add_argument_group("instead of training")
     add = group.add_mutually_exclusive_group().add_argument
     add("--eval", metavar="MODEL", help="measure this model.pt on --data's val split")
@@ -168,9 +170,11 @@ def add_remedy_flags(group):
     add("--ewc-lambda", **three, type=numbers(0), help="mean stiffness of the springs, in "
         "the same order")
     add("--own-channels", **three, type=numbers(0, 512, int), help="channels that `isolation` adds "
-        "before Stages 1 (always 0), 2 and 3; a stage with 0 shares those of the stage before")
-    add("--shared-lr", **three, type=numbers(0), help="share of --lr in Stages 1 (always 1), 2 and "
-        "3 for all but the output layer, or for the backbone alone where a stage has own channels")
+        "before Stages 2 and 3 (the first value counts for nothing); a stage with 0 trains all that "
+        "there are")
+    add("--shared-lr", **three, type=numbers(0), help="share of --lr in Stages 2 and 3 (the first "
+        "value counts for nothing) for all but the output layer, or for the backbone alone where a "
+        "stage has own channels")
     add("--freeze", choices=["trunk", "neck"], default="trunk", help="what `freeze` holds after "
         "Stage 1: the backbone, or backbone and neck (default: %(default)s)")
 
@@ -246,7 +250,7 @@ def make_optimizer(model, task, args, shared_lr=1.0):
     for name, parameter in model.named_parameters():
         output, backbone = name.startswith("head.2."), name.startswith("features.")
         decay = WEIGHT_DECAY if parameter.ndim > 1 and not output else 0.0
-        share = 1.0 if output or own_channels and not backbone else shared_lr
+        share = 1.0 if output or (own_channels and not backbone) else shared_lr
         if backbone:
             share *= args.trunk_lr[TASKS.index(task)]
         groups.setdefault((share, decay), []).append(parameter)
@@ -522,7 +526,8 @@ def run(args):
     if (Path(args.out) / "results.json").exists():
         finished = load_run(args.out)
         refuse_other(args, finished["args"] | {"data": finished["data"]["sha256"]}, now)
-        print(f"{args.out} is finished already:\n{show(finished)}")
+        print(f"{args.out} is finished already (after a change of the code delete it to train "
+              f"anew):\n{show(finished)}")
         return finished
     try:
         then = dict(json.loads(started.read_text(encoding="utf-8")))
@@ -582,8 +587,8 @@ def main(argv=None):
         return predict(args)
     if args.benchmark:
         return benchmark(args)
-    report = "" if args.report is None else f"report{args.report}-"
-    results, out = [], args.out or f"runs/{report}{args.strategy}"
+    name = row_name(vars(args), defaults_for(args))  # "none --bn live" -> none-bn-live
+    results, out = [], args.out or f"runs/{'-'.join(re.findall(r'[a-z0-9_.+]+', name))}"
     for seed in dict.fromkeys(args.seed):
         folder = out if args.out and len(args.seed) == 1 else f"{out}-seed{seed}"
         results.append(run(argparse.Namespace(**{**vars(args), "seed": seed, "out": folder})))

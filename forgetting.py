@@ -16,9 +16,9 @@ To add a remedy, write a class with those methods of `Remedy` that it needs:
                                        it changes in the remedy is lost where a run is interrupted
 (and stores_weights = True if it stores any), then enter it in REMEDIES, before isolation, and its
 flags, if any, in `train.add_remedy_flags`, those with three values also in the first row of
-STRENGTHS. Autograd does the rest. MAS
-(arXiv:1711.09601), for instance, is EWC with another `importance`: the mean absolute gradient of
-the squared norm of the outputs (of detection: all but the boxes, which are pixels).
+STRENGTHS. Autograd does the rest. MAS (arXiv:1711.09601), for instance, is EWC with another
+`importance`: the mean absolute gradient of the squared norm of the outputs (of detection: all but
+the boxes, which are pixels).
 """
 import argparse
 import random

@@ -233,7 +233,7 @@ def mean_and_spread(values, style):
         return "not learned"
     text = format(statistics.mean(known), style)
     if len(known) > 1:
-        text += f" ± {format(statistics.stdev(known), style.replace('+', ''))}"
+        text += f"±{format(statistics.stdev(known), style.replace('+', ''))}"
     return text + f" ({len(known)} of {len(values)})" * (len(known) < len(values))
 
 

@@ -170,8 +170,8 @@ def add_remedy_flags(group):
     add("--ewc-lambda", **three, type=numbers(0), help="mean stiffness of the springs, in "
         "the same order")
     add("--own-channels", **three, type=numbers(0, 512, int), help="channels that `isolation` adds "
-        "before Stages 2 and 3 (the first value counts for nothing); a stage with 0 trains all that "
-        "there are")
+        "before Stages 2 and 3 (the first value counts for nothing); a stage with 0 trains all "
+        "that there are")
     add("--shared-lr", **three, type=numbers(0), help="share of --lr in Stages 2 and 3 (the first "
         "value counts for nothing) for all but the output layer, or for the backbone alone where a "
         "stage has own channels")

@@ -20,7 +20,6 @@ score, Wu et al. 2020, arXiv:1912.05992). Every other cell of all levels learns 
 """
 import torch
 import torch.nn.functional as F
-from torchvision.ops import sigmoid_focal_loss
 
 from data import IGNORE
 from model import encode
@@ -119,7 +118,7 @@ def det_loss(det, target, cells, box_loss="giou", conf_loss="bce"):
 
     det (B, N, 15) from the model, target {"boxes": (B, M, 4), "labels": (B, M)}, cells (N, 3)
     -> scalar. box_loss: "giou", or "smooth_l1" or "mse" of the four offsets t; conf_loss: "bce", or
-    "focal" with γ = 1 (Lin et al. 2017, arXiv:1708.02002).
+    "focal" with γ = 1, for soft targets (Li et al. 2020, arXiv:2006.04388, eq. 3).
     """
     index = assign(target["boxes"], target["labels"], cells)  # (B, N)
     positive, index = index >= 0, index.clamp(min=0)
@@ -132,11 +131,10 @@ def det_loss(det, target, cells, box_loss="giou", conf_loss="bce"):
         error = {"smooth_l1": F.smooth_l1_loss, "mse": F.mse_loss}[box_loss]
         distance = error(encode(det[..., :4], cells), encode(boxes, cells), reduction="none").sum(2)
     total_box_loss = (distance * positive).sum()
+    reduction = "none" if conf_loss == "focal" else "sum"
+    confidence_loss = F.binary_cross_entropy_with_logits(det[..., 4], quality, reduction=reduction)
     if conf_loss == "focal":
-        confidence_loss = sigmoid_focal_loss(det[..., 4], quality, alpha=-1, gamma=1,
-                                             reduction="sum")
-    else:
-        confidence_loss = F.binary_cross_entropy_with_logits(det[..., 4], quality, reduction="sum")
+        confidence_loss = ((det[..., 4].sigmoid() - quality).abs() * confidence_loss).sum()
     class_loss = F.cross_entropy(det[..., 5:].flatten(0, 1), labels.flatten(),
                                  ignore_index=IGNORE, reduction="sum")
     return (2 * total_box_loss + class_loss + confidence_loss) / positive.sum().clamp(min=1)

@@ -112,7 +112,7 @@ def make_head(into, hidden, layers):
 
 
 class OneHead(nn.Module):
-    """Backbone + neck + a head of two layers that emits all three tasks.
+    """Backbone + neck + a head that emits all three tasks.
 
     backbone, neck: names in BACKBONES and NECKS; taps: the backbone's blocks that feed the neck,
     finest first (default: those in the table); width, hidden: channels of neck and hidden layer;
@@ -145,6 +145,8 @@ class OneHead(nn.Module):
         elif head_stride:
             level = self.strides.index(head_stride)
             self.read, self.strides = slice(level, level + 1), [head_stride]
+        if head_layers == 3 and len(self.strides) > 1:
+            raise UserError("--head-layers 3: its BatchNorm needs one map; give a --head-stride.")
         self.neck = NECKS[neck](channels, width)
         self.head = make_head(channels[-1] if neck == "none" else width, hidden, head_layers)
         nn.init.normal_(self.head[2].weight, std=0.01)
@@ -181,7 +183,8 @@ class OneHead(nn.Module):
         return self.head(mean.expand(-1, -1, 3, 3))[..., 1:2, 1:2]
 
     def forward(self, images, tasks=("seg", "det", "cls")):
-        """images (B, 3, H, W), normalised -> a dict with the outputs of `tasks`.
+        """images (B, 3, H, W), normalised -> a dict with the outputs of `tasks`. By default (where
+        the head reads a single map, that one is all):
 
         seg    logits (B, 21, H/8, W/8), the sum over all levels, from the finest, which sees the
                outlines, to a single cell for the whole scene, the mean of the coarsest level
@@ -364,11 +367,11 @@ def load_weights(model, weights):
     else:
         state = read_checkpoint(weights)
     try:
-        state = state.get("model", state)
+        state, rest = state.get("model", state), {}
         if not any(key.startswith("head.") for key in state):  # a backbone: complete it
             rest = {k: v for k, v in model.state_dict().items() if not k.startswith("features.")}
-            state = {k: v for k, v in state.items() if k.startswith("features.")} | rest
-        model.load_state_dict(state)
+            state = {k: v for k, v in state.items() if k.startswith("features.")}
+        model.load_state_dict(state | rest)
     except (RuntimeError, TypeError, AttributeError):
         raise UserError(f"--weights {weights}: not this architecture; pass a file with the "
                         f"backbone {backbone}, or a model.pt.")

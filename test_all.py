@@ -572,7 +572,7 @@ def test_detection_loss_agrees_with_loops_over_boxes():
 def test_losses_of_offsets_and_the_focal_loss_agree_with_hand_computation():
     grid, box = square_cells(32, (8,)), torch.tensor([[[16.0, 8, 48, 40]]])  # centre (32, 24)
     t = torch.zeros(1, 16, 4)
-    t[..., 0] = 3.0  # of the only positive cell, (28, 28): predicted 3, true (32 - 28) / 8 = 0.5
+    t[..., 0] = 3.0  # in all cells; in those at x = 28 the true one is (32 - 28) / 8 = 0.5
     det = torch.cat([decode(t, grid), torch.zeros(1, 16, 11)], 2)
     target = {"boxes": box, "labels": torch.tensor([[4]])}
     positive = losses.assign(*target.values(), grid)[0] >= 0
@@ -589,9 +589,8 @@ def test_losses_of_offsets_and_the_focal_loss_agree_with_hand_computation():
         torch.testing.assert_close(loss, by_hand / positive.sum(), rtol=1e-3, atol=1e-3)
     det[..., 4] = 1.0
     p = torch.sigmoid(det[0, :, 4])
-    sure = p * quality + (1 - p) * (1 - quality)  # (16,)
     cross_entropy = -quality * p.log() - (1 - quality) * (1 - p).log()
-    by_hand = 2 * distance.sum() + rest + ((1 - sure) * cross_entropy).sum()
+    by_hand = 2 * distance.sum() + rest + ((p - quality).abs() * cross_entropy).sum()
     loss = losses.det_loss(det, target, grid, "giou", "focal")
     torch.testing.assert_close(loss, by_hand / positive.sum(), rtol=1e-4, atol=1e-4)
 
@@ -967,7 +966,8 @@ def test_the_head_reads_one_map_of_the_stride_it_is_given(neck):
 
 @pytest.mark.parametrize("flags, sentence", [
     ({"taps": [3, 99]}, "blocks 0 to 12"), ({"taps": [8, 3]}, "ascending"),
-    ({"taps": [3, 8], "head_stride": 32}, "the FPN has")])
+    ({"taps": [3, 8], "head_stride": 32}, "the FPN has"),
+    ({"head_layers": 3}, "needs one map")])
 def test_networks_that_cannot_be_built_end_in_one_sentence(flags, sentence):
     with pytest.raises(UserError, match=sentence):
         OneHead(**flags)
@@ -1001,6 +1001,16 @@ def test_saved_model_comes_back_whole(report, tmp_path):
     assert all_equal(copies(model.state_dict().items()), again.state_dict().items())
     with pytest.raises(UserError, match="not this architecture"):
         load_weights(OneHead("efficientnet_b0"), str(tmp_path / "model.pt"))
+
+
+@pytest.mark.parametrize("flags", [{"neck": "conv1x1"}, {"neck": "conv2"},
+                                   {"neck": "none", "head_layers": 3}])
+def test_batchnorm_without_pretrained_statistics_goes_on_learning(flags, tmp_path):
+    model, file = OneHead(**flags), tmp_path / "backbone.pth"
+    torch.save({k: v for k, v in model.state_dict().items() if k.startswith("features.")}, file)
+    load_weights(model, str(file))
+    for name, layer in model.train().batchnorms().items():
+        assert layer.training != name.startswith("features.")
 
 
 class Evil:

@@ -46,8 +46,8 @@ REPORTS = [
     dict(strategy="replay+ewc+freeze", taps=[12], neck="conv2", width=256, epochs=[5, 5, 5],
          box_loss="mse", replay_tasks=["seg"], replay_weight=[1, 1, 0], replay_teacher=[0, 0, 0],
          ewc_lambda=[5, 0, 0]),
-    dict(strategy="replay", backbone="fast_scnn", neck="none", weights="none", trunk_lr=[1, 1, 1],
-         replay_weight=[1, 1, 1], replay_teacher=[0, 0, 0]),
+    dict(strategy="replay", backbone="fast_scnn", neck="none", weights="none",
+         trunk_lr=[1.0, 1.0, 1.0], replay_weight=[1, 1, 1], replay_teacher=[0, 0, 0]),
     dict(strategy="replay", taps=[3, 6, 12], head_stride=8, epochs=[20, 20, 20], box_loss="mse",
          replay_tasks=["seg"], replay_batch=4, replay_weight=[0.8, 0.8, 0],
          replay_teacher=[0, 0, 0]),
@@ -194,6 +194,8 @@ def parse(argv):
     if args.report is not None:
         parser.set_defaults(**REPORTS[args.report])
         args = parser.parse_args(argv)
+    if args.strategy == "joint" and (args.conf_warmup or args.bn == "live"):
+        parser.error("--strategy joint: has neither --conf-warmup nor --bn live")
     if "isolation" in args.strategy and (args.neck, args.head_layers) != ("fpn", 2):
         parser.error("--strategy: isolation widens an FPN and a head of two layers, no others")
     if args.image_size and args.image_size % 32:
@@ -371,9 +373,10 @@ class Run:
             if self.val[t].unknown:
                 raise UserError(f"{args.data}: val has {t} classes that train lacks: "
                                 f"{', '.join(self.val[t].unknown)}; add them or leave them out.")
-            if args.image_size == 32 and (len(self.train[t]) - 1) % args.batch_size == 0:
-                raise UserError(f"--image-size 32: too small for BatchNorm if {t}'s last batch is "
-                                "one image; choose another --batch-size.")
+            one_cell = args.image_size == 32 or args.backbone == "fast_scnn"  # in some maps
+            if one_cell and (len(self.train[t]) - 1) % args.batch_size == 0:
+                raise UserError(f"{t}'s last batch is one image, too few for BatchNorm on a map of "
+                                "one cell; choose another --batch-size.")
         self.data = {t: digest(Path(args.data) / FOLDERS[t]) for t in TASKS}
         self.surroundings = surroundings(args)
         self.done, self.total = 0, 2 * sum(args.epochs)  # epochs, of baselines and stages

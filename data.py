@@ -64,7 +64,7 @@ def command(main):
         main()
         sys.stdout.flush()  # a closed pipe shows here at the latest
     except (UserError, OSError, KeyboardInterrupt) as e:
-        print(str(e) or "\nInterrupted; the same command goes on from there.", file=sys.stderr)
+        print(str(e) or "\nInterrupted; a run goes on with the same command.", file=sys.stderr)
         if isinstance(e, OSError):  # perhaps of stdout itself, which Python would try once more
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(2)
@@ -535,7 +535,7 @@ def fetch_image(url, path):
             download_url(url, folder, path.name)
             open_image(Path(folder) / path.name)
             (Path(folder) / path.name).rename(path)
-    except (UserError, OSError) as e:
+    except (UserError, Exception) as e:  # of the network or the disk
         raise UserError(f"{url}: the download failed ({e}); try again: whole photos are kept.")
 
 

@@ -71,10 +71,9 @@ def mean_ap(predictions, truth, classes=10):
                             "area": box["area"], "iscrowd": box["iscrowd"]})
     if all(a["iscrowd"] for a in annotations):
         raise UserError("The detection split has no boxes, so no mAP; name a folder with some.")
-    rows = []
-    for image, found in enumerate(predictions):
-        for (x1, y1, x2, y2), score, label in zip(*(column.tolist() for column in found)):
-            rows.append((image, x1, y1, x2 - x1, y2 - y1, score, label))
+    rows = [(image, x1, y1, x2 - x1, y2 - y1, score, label)
+            for image, found in enumerate(predictions)
+            for (x1, y1, x2, y2), score, label in zip(*(column.tolist() for column in found))]
     if not rows:
         return 0.0, 0.0
     images = [{"id": i, "width": r["width"], "height": r["height"]} for i, r in enumerate(truth)]
@@ -390,15 +389,15 @@ def draw_curves(results, file):
 def draw_comparison(groups, file):
     """The picture of `compare`, 1,200 pixels wide: what share of its baseline each task keeps in
     the end, as mean and standard deviation over the seeds; one never learned has no sign."""
-    settings = {}  # {text: runs}
+    settings = []  # (text, runs) from top to bottom
     for (_, device), (_, named) in groups.items():
         for name, runs in named.items():
             runs = list(runs.values())
             where = f", on {runs[0]['data']['folder']}, {device}" if len(groups) > 1 else ""
             text = f"{name}{where} (seeds: {len(runs)})"
-            settings["\n".join(textwrap.wrap(text, 36, max_lines=3))] = runs
+            settings.append(("\n".join(textwrap.wrap(text, 36, max_lines=3)), runs))
     bottom, shares = 160 + 130 * len(settings), {}  # {(row, task): (mean, deviation)}
-    for (row, runs), task in product(enumerate(settings.values()), TASKS):
+    for (row, (_, runs)), task in product(enumerate(settings), TASKS):
         kept = [1 - r["drop"][task] for r in runs if r["drop"][task] is not None]
         if kept:
             spread = statistics.stdev(kept) if len(kept) > 1 else 0.0
@@ -410,7 +409,7 @@ def draw_comparison(groups, file):
     title = "final score as a share of the task's baseline; bars: standard deviation over the seeds"
     write(draw, (2340, bottom + 80), title, "rm")
     percents = {p / 100: f"{p} %" for p in range(0, int(100 * high) + 1, 10 if high < 1.6 else 50)}
-    middles = {len(settings) - row - 0.5: text for row, text in enumerate(settings)}
+    middles = {len(settings) - row - 0.5: text for row, (text, _) in enumerate(settings)}
     place = axes(draw, (620, 110, 2340, bottom), (0, high, percents), (0, len(settings), middles))
     draw.line([place(1, 0), place(1, len(settings))], GREY, 4)
     dashed(draw, place(0.95, 0), place(0.95, len(settings)), GREY)
@@ -418,7 +417,7 @@ def draw_comparison(groups, file):
         y = len(settings) - row - 0.25 - 0.25 * TASKS.index(task)
         draw.line([place(max(0, mean - spread), y), place(mean + spread, y)], COLOUR[task], 5)
         sign(draw, place(mean, y), task)
-    canvas.reduce(2).save(file)
+    canvas.reduce(2).save(file, "PNG")
 
 
 # -- What a model sees: found = {"seg": mask (H, W), "det": [(box xyxy, name, score)], best first,
@@ -573,6 +572,8 @@ def predict(args):
         print(f"{path}: class {label} {chance:.2f}; boxes: "
               + (", ".join(f"{box['label']} {box['score']:.2f}" for box in boxes) or "none")
               + "; pixels: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
+    if not rows:
+        raise UserError("--predict: none of the photos is readable; name others.")
     write_json(out / "predictions.json", list(rows.values()))
     print(f"{len(rows)} of {len(photos)} photos: annotated copies, masks/ and predictions.json are "
           f"in {out}")

@@ -419,7 +419,8 @@ def train_alone(task, run):
 
 
 def run_sequence(run):
-    """The protocol: for each stage train, measure every task, remember -> (model, history)."""
+    """The protocol: for each stage train, measure every task, remember -> (model, history,
+    {text: what it sees in `examples`} after each stage)."""
     args, remedies, history, strips = run.args, build(run.args), [], {}
     model = new_model(args)
     if args.bn == "live":
@@ -446,13 +447,11 @@ def run_sequence(run):
             for remedy in remedies:
                 remedy.remember(task, model, run.train[task])
             history[-1]["seconds"] += time.perf_counter() - start
-    strips["truth"] = examples(run.val, run.classes)
-    draw_examples(strips, Path(args.out) / "predictions.png")
-    return model, history
+    return model, history, strips
 
 
 def run_joint(run):
-    """Multitask learning (Caruana 1997), often the upper target -> (model, history).
+    """Multitask learning (Caruana 1997), often the upper target -> as `run_sequence`.
 
         L = L_seg + L_det + L_cls
 
@@ -470,14 +469,11 @@ def run_joint(run):
     model = new_model(args)
     history = train_stage(model, "seg", run, others, file=Path(args.out) / "stage1.pt")
     save_model(Path(args.out) / "model.pt", model, args.image_size, run.classes)
-    strips = {"all at once": examples(run.val, run.classes, model),
-              "truth": examples(run.val, run.classes)}
-    draw_examples(strips, Path(args.out) / "predictions.png")
-    return model, history
+    return model, history, {"all at once": examples(run.val, run.classes, model)}
 
 
-def finish(run, baselines, model, history):
-    """Judges a run, writes results.json and prints the table -> results."""
+def finish(run, baselines, model, history, strips):
+    """Judges a run, writes results.json and the pictures and prints the table -> results."""
     args = run.args
     ends = [row for row in history if row["epoch"] == args.epochs[row["stage"] - 1]]
     matrix = [{t: row[t] for t in TASKS} for row in ends]
@@ -496,6 +492,8 @@ def finish(run, baselines, model, history):
         "map_50_95": history[-1]["map_50_95"], "history": history}
     judge(results)
     draw_curves(results, Path(args.out) / "curves.png")
+    strips["truth"] = examples(run.val, run.classes)
+    draw_examples(strips, Path(args.out) / "predictions.png")
     write_json(Path(args.out) / "results.json", results)
     for file in stages_of(args):
         file.unlink()
@@ -547,8 +545,8 @@ def run(args):
     print(f"{args.strategy} on {args.data} at {args.image_size} px, seed {args.seed}, "
           f"{args.device}; results go to {args.out}", flush=True)
     baselines = {t: train_alone(t, this) for t in TASKS}
-    model, history = run_joint(this) if args.strategy == "joint" else run_sequence(this)
-    return finish(this, baselines, model, history)
+    train_all = run_joint if args.strategy == "joint" else run_sequence
+    return finish(this, baselines, *train_all(this))
 
 
 def benchmark(args):

@@ -2020,8 +2020,7 @@ def test_strengths_follow_strategy_and_weights(flags, expected, empty_cwd):
 def test_a_run_is_named_by_strategy_and_seed(empty_cwd, monkeypatch):
     monkeypatch.setattr(train, "run", lambda args: args.out)
     assert train.main(["--strategy", "ewc", "--seed", "4"]) == "runs/ewc-seed4"
-    assert train.main(["--report", "2"]) == "runs/replay-report-2-seed0"
-    assert train.main(["--bn", "live", "--lr", "0.5"]) == "runs/replay-lr-0.5-0.5-0.5-bn-live-seed0"
+    assert train.main(["--report", "2"]) == "runs/report2-replay-seed0"
     assert train.main(["--out", "mine"]) == "mine"
 
 

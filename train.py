@@ -10,7 +10,6 @@ import ast
 import hashlib
 import json
 import math
-import re
 import sys
 import time
 from itertools import product
@@ -32,7 +31,7 @@ from data import (FOLDERS, TASKS, MiniSet, UserError, augment, command, take, tr
 from forgetting import REMEDIES, STRENGTHS, Replay, build, default_strengths, strategy
 from losses import task_loss
 from metrics import (NAMES, compare, digest, draw_curves, draw_examples, evaluate, evaluate_saved,
-                     examples, judge, latency, load_run, predict, row_name, show, write_json)
+                     examples, judge, latency, load_run, predict, show, write_json)
 from model import (BACKBONES, NECKS, OneHead, load_weights, read_checkpoint, save_model,
                    write_checkpoint)
 
@@ -92,9 +91,8 @@ def make_parser():
         f"none, any of {', '.join(REMEDIES)} joined by +, or joint: all tasks at once (default: "
         "%(default)s; on photos use replay+lwf+isolation)")
     add("--data", help="folder of the mini-sets, or 'shapes' (default: data/ if it is prepared)")
-    add("--out", help="folder of the run (default: runs/STRATEGY-FLAGS-seedN with the flags that "
-        "differ from the defaults; several seeds append -seedN); of --predict the folder, of "
-        "--eval and --benchmark the JSON file to write")
+    add("--out", help="folder of the run (default: runs/[reportN-]STRATEGY-seedN; several seeds "
+        "append -seedN); of --predict the folder, of --eval and --benchmark the JSON file to write")
     add("--seed", type=numbers(0, 2**32, int), nargs="+", default=[0], metavar="N", help="fixes "
         "everything random; several make a run each (default: 0)")
     add("--device", choices=DEVICES, default=DEVICES[-1], help="(default: %(default)s)")
@@ -588,8 +586,8 @@ def main(argv=None):
         return predict(args)
     if args.benchmark:
         return benchmark(args)
-    name = row_name(vars(args), defaults_for(args))  # "none --bn live" -> none-bn-live
-    results, out = [], args.out or f"runs/{'-'.join(re.findall(r'[a-z0-9_.+]+', name))}"
+    report = "" if args.report is None else f"report{args.report}-"
+    results, out = [], args.out or f"runs/{report}{args.strategy}"
     for seed in dict.fromkeys(args.seed):
         folder = out if args.out and len(args.seed) == 1 else f"{out}-seed{seed}"
         results.append(run(argparse.Namespace(**{**vars(args), "seed": seed, "out": folder})))

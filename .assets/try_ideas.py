@@ -37,17 +37,16 @@ ARGUMENTS = "image_size epochs lr trunk_lr batch_size".split()
 class OtherLevels(model.OneHead):
     """Segmentation from the sum of the `count` finest levels, with or without the scene."""
 
-    count, scene = 3, True
+    count, with_scene = 3, True
 
     def forward(self, images, tasks=TASKS):
         if "seg" not in tasks:
             return super().forward(images, tasks)
-        levels = list(self.fpn(dict(enumerate(self.backbone(images)))).values())
+        levels = list(self.neck(dict(enumerate(self.backbone(images)))).values())
         maps = [self.head(level)[:, model.SEG] for level in levels[:self.count]]
         total = sum(F.interpolate(m, maps[0].shape[2:], mode="bilinear") for m in maps)
-        if self.scene:
-            mean = levels[-1].mean((2, 3), keepdim=True).expand(-1, -1, 3, 3)
-            total = total + self.head(mean)[:, model.SEG, 1:2, 1:2]
+        if self.with_scene:
+            total = total + self.scene(levels[-1])[:, model.SEG]
         return {"seg": total}
 
 
@@ -85,7 +84,7 @@ def mixed_up(augment, strength):
         images = share * images + (1 - share) * images[other]
         return images, target | {"other": target["labels"][other], "share": share}
 
-    def both(task, out, target):
+    def both(task, out, target, *of_detection):
         first, second = (losses.task_loss(task, out, {"labels": target[key]})
                          for key in ("labels", "other"))
         return target["share"] * first + (1 - target["share"]) * second
@@ -157,9 +156,10 @@ def prepare(task, idea, args):
             setattr(args, name, value if name.endswith("size") else [value] * 3)
     network = OtherLevels if {"levels", "scene"} & set(idea) else model.OneHead
     OtherLevels.count = int(idea.pop("levels", 3))
-    OtherLevels.scene = bool(int(idea.pop("scene", 1)))
+    OtherLevels.with_scene = bool(int(idea.pop("scene", 1)))
     train.WEIGHT_DECAY = float(idea.pop("weight_decay", train.WEIGHT_DECAY))
-    train.OneHead = partial(network, width=int(idea.pop("width", 128)))
+    train.OneHead = network
+    args.width = args.hidden = int(idea.pop("width", 128))
 
     settings = {name: float(idea.pop(name)) for name in ("aspect", "colour") if name in idea}
     if "zoom" in idea:

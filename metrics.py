@@ -180,10 +180,8 @@ def judge(results):
     results["drop_own"] = {t: drop(t, own[t], final[t]) for t in TASKS}
     results["bonus"] = all(d is not None and d <= 0 for d in results["drop"].values())
 
-    verdict = {}
-    for t in TASKS:
-        drops = results["drop"][t], results["drop_own"][t]
-        verdict[t] = all(d is not None and d <= MAX_DROP + 1e-9 for d in drops)
+    drops = {t: (results["drop"][t], results["drop_own"][t]) for t in TASKS}
+    verdict = {t: all(d is not None and d <= MAX_DROP + 1e-9 for d in drops[t]) for t in TASKS}
     verdict["params"] = results["params"] < MAX_PARAMS
     verdict["latency"] = results["latency_ms"] <= MAX_LATENCY_MS
     verdict["time"] = results["seconds"]["stages"] <= MAX_SECONDS
@@ -299,9 +297,9 @@ SIGN = {"seg": 24, "det": 4, "cls": 3}  # corners of a task's sign: disc, square
 GREY, PALE = "#666666", "#DDDDDD"
 
 
-def write(draw, at, text, anchor="lm", colour="black", size=28):
+def write(draw, at, text, anchor="lm", size=28):
     """Text with its left, middle or right (l, m, r) and top, middle or bottom (t, m, b) at `at`."""
-    draw.text(at, text, colour, ImageFont.load_default(size), anchor, align="right")
+    draw.text(at, text, "black", ImageFont.load_default(size), anchor, align="right")
 
 
 def axes(draw, area, across, up):

@@ -137,14 +137,7 @@ class OneHead(nn.Module):
             maps = self.eval().backbone(torch.zeros(1, 3, 64, 64))
         channels = [m.shape[1] for m in maps]
         self.strides = [64 // m.shape[-1] for m in maps]  # 8, 16, 32
-        self.read = slice(None)  # the levels of the FPN that the head reads
-        if neck != "fpn":
-            self.strides = [head_stride or self.strides[-1]]
-        elif head_stride not in (None, *self.strides):
-            raise UserError(f"--head-stride {head_stride}: the FPN has {self.strides}; take one.")
-        elif head_stride:
-            level = self.strides.index(head_stride)
-            self.read, self.strides = slice(level, level + 1), [head_stride]
+        self.choose_strides()
         if head_layers == 3 and len(self.strides) > 1:
             raise UserError("--head-layers 3: its BatchNorm needs one map; give a --head-stride.")
         self.neck = NECKS[neck](channels, width)
@@ -157,6 +150,18 @@ class OneHead(nn.Module):
             layer.momentum = 0.1  # torchvision's 0.01 needs hundreds of steps to settle
             layer.fixed = False
         self.train()
+
+    def choose_strides(self):
+        """Narrows the strides of the tapped maps to those of the maps that the head reads."""
+        stride = self.arch["head_stride"]
+        self.read = slice(None)  # the levels of the FPN that the head reads
+        if self.arch["neck"] != "fpn":
+            self.strides = [stride or self.strides[-1]]
+        elif stride not in (None, *self.strides):
+            raise UserError(f"--head-stride {stride}: the FPN has {self.strides}; take one.")
+        elif stride:
+            level = self.strides.index(stride)
+            self.read, self.strides = slice(level, level + 1), [stride]
 
     def backbone(self, x):
         """(B, 3, H, W) -> the tapped feature maps, finest first."""

@@ -290,7 +290,7 @@ def write_json(path, value):
     write_whole(Path(path), json.dumps(value, indent=1).encode())
 
 
-# -- Pictures: charts are drawn in double size and reduced at the end, which smooths their lines
+# -- Charts: drawn in double size and reduced at the end, which smooths their lines
 LONG = {"seg": "segmentation", "det": "detection", "cls": "classification"}
 COLOUR = {"seg": "#0072B2", "det": "#D55E00", "cls": "#009E73"}  # the colour-blind tell them apart
 SIGN = {"seg": 24, "det": 4, "cls": 3}  # corners of a task's sign: disc, square, triangle
@@ -302,119 +302,93 @@ def write(draw, at, text, anchor="lm", size=28):
     draw.text(at, text, "black", ImageFont.load_default(size), anchor, align="right")
 
 
-def axes(draw, area, across, up):
+def ticks(high):
+    """Round values from 0 to `high`, at most eleven, with their texts."""
+    step = next(n * 10 ** k for k in range(-3, 9) for n in (1, 2, 5) if high <= 10 * n * 10 ** k)
+    return {i * step: f"{i * step:g}" for i in range(int(high / step + 1e-9) + 1)}
+
+
+def axes(draw, area, high, marks):
     """A frame with grid lines -> the function from two values to a pixel. area: left, top, right,
-    bottom in pixels; across, up: (lowest value, highest, {value: text at its grid line})."""
+    bottom in pixels; high: the largest x and y, both from 0; marks: {x: text} and {y: text}."""
     left, top, right, bottom = area
 
     def place(x, y):
-        x, y = ((v - low) / (high - low) for v, (low, high, _) in ((x, across), (y, up)))
-        return left + x * (right - left), bottom - y * (bottom - top)
-    for value, text in across[2].items():
-        x = place(value, up[0])[0]
-        draw.line([x, top, x, bottom], PALE, 2)
-        write(draw, (x, bottom + 12), text, "mt")
-    for value, text in up[2].items():
-        y = place(across[0], value)[1]
-        draw.line([left, y, right, y], PALE, 2)
-        write(draw, (left - 14, y), text, "rm")
+        return left + x / high[0] * (right - left), bottom - y / high[1] * (bottom - top)
+    for x, text in marks[0].items():
+        draw.line([place(x, 0), place(x, high[1])], PALE, 2)
+        write(draw, (place(x, 0)[0], bottom + 12), text, "mt")
+    for y, text in marks[1].items():
+        draw.line([place(0, y), place(high[0], y)], PALE, 2)
+        write(draw, (left - 14, place(0, y)[1]), text, "rm")
     draw.rectangle(area, outline=GREY, width=2)
     return place
 
 
-def dashed(draw, start, end, colour):
-    """A line of dashes, each about 14 pixels long."""
-    dashes = int(np.hypot(*np.subtract(end, start)) / 28) + 1
-    points = np.linspace(start, end, 2 * dashes)  # (2·dashes, 2)
-    for a, b in zip(points[::2], points[1::2]):
-        draw.line([*a, *b], colour, 4)
+def curve(draw, points, task):
+    """A line through points, each with the task's sign, framed in white to stay apart."""
+    draw.line(points, COLOUR[task], 6, "curve")
+    for point in points:
+        draw.regular_polygon((*point, 16), SIGN[task], 0, COLOUR[task], "white", 3)
 
 
-def sign(draw, at, task, radius=11):
-    """The task's sign, framed in white, so that signs on top of each other stay apart."""
-    for r, colour in ((radius + 4, "white"), (radius, COLOUR[task])):
-        draw.regular_polygon((*at, r), SIGN[task], fill=colour)
-
-
-def legend(draw, x, y, dashes):
-    """One line: the tasks' signs, and what a dashed line means."""
-    for task in TASKS:
-        draw.line([x, y, x + 60, y], COLOUR[task], 6)
-        sign(draw, (x + 30, y), task)
-        write(draw, (x + 76, y), f"{NAMES[task]} ({LONG[task]})")
-        x += 470
-    dashed(draw, (x, y), (x + 70, y), GREY)
-    write(draw, (x + 86, y), dashes)
+def legend(draw, note):
+    for x, task in zip((130, 600, 1070), TASKS):
+        curve(draw, [(x + 20, 50)], task)
+        write(draw, (x + 46, 50), f"{NAMES[task]} ({LONG[task]})")
+    write(draw, (1540, 50), note)
 
 
 def draw_curves(results, file):
     """A run's picture, 1,200 pixels wide: all scores over the epochs of its stages, and below them
     the losses."""
-    rows, tasks = list(enumerate(results["history"], 1)), {}
+    rows, joint = list(enumerate(results["history"], 1)), len(results["matrix"]) == 1
+    end, top = len(rows), 1.05 * max(max(row["loss"], row["penalty"]) for _, row in rows)
     canvas = Image.new("RGB", (2400, 1720), "white")
-    draw, end = ImageDraw.Draw(canvas), len(rows)
-    top = 1.05 * max(max(row["loss"], row["penalty"]) for _, row in rows)
-    epochs = 0, end, {x: str(x) for x in range(0, end + 1, 5 + end // 100 * 5 if end > 15 else 1)}
-    heights = 0, top, {y: str(y) for y in range(0, int(top) + 1, 1 + int(top) // 6)}
-    legend(draw, 130, 50, "95 % of a task's baseline")
+    draw = ImageDraw.Draw(canvas)
+    legend(draw, "thin lines: 95 % of a task's baseline")
     write(draw, (2360, 1690), "epoch", "rm")
     write(draw, (130, 1070), "loss of the stage's task (coloured), penalty of the remedies (grey)")
-    fifths = 0, 1, {y / 5: str(y / 5) for y in range(6)}
-    scores = axes(draw, (130, 150, 2360, 960), epochs, fifths)
-    losses = axes(draw, (130, 1100, 2360, 1630), epochs, heights)
-    for epoch, row in reversed(rows):
-        tasks[row["task"]] = row["stage"], epoch - 1  # in the end: where its stage starts
-    for task, (stage, start) in tasks.items():
-        for place, high in ((scores, 1), (losses, top)):
-            draw.line([place(start, 0), place(start, high)], GREY, 4)
-        title = "all tasks at once" if len(tasks) == 1 else f"Stage {stage}: {LONG[task]}"
+    scores = axes(draw, (130, 150, 2360, 960), (end, 1), (ticks(end), ticks(1)))
+    losses = axes(draw, (130, 1100, 2360, 1630), (end, top), (ticks(end), ticks(top)))
+    for number, task in enumerate(TASKS[:len(results["matrix"])], 1):
+        stage = [(epoch, row) for epoch, row in rows if row["stage"] == number]
+        start = stage[0][0] - 1
+        draw.line([scores(start, 0), scores(start, 1)], GREY, 4)
+        draw.line([losses(start, 0), losses(start, top)], GREY, 4)
+        title = "all tasks at once" if joint else f"Stage {number}: {LONG[task]}"
         write(draw, (scores(start, 1)[0], 124), title)
-        for key, colour, width in (("penalty", GREY, 4), ("loss", COLOUR[task], 6)):
-            points = [losses(epoch, row[key]) for epoch, row in rows if row["task"] == task]
-            draw.line(points, colour, width, "curve")
-    for k, task in enumerate(TASKS):
-        left, y = scores(0, (1 - MAX_DROP) * results["baseline"][task])
-        dashed(draw, (left, y), (2360, y), COLOUR[task])
-        sign(draw, (left + 30 + 30 * k, y), task, 8)
+        draw.line([losses(epoch, row["penalty"]) for epoch, row in stage], GREY, 4, "curve")
+        draw.line([losses(epoch, row["loss"]) for epoch, row in stage], COLOUR[task], 6, "curve")
     for task in TASKS:
-        points = [scores(epoch, row[task]) for epoch, row in rows if task in row]
-        draw.line(points, COLOUR[task], 6, "curve")
-        for at in points:
-            sign(draw, at, task)
+        enough = (1 - MAX_DROP) * results["baseline"][task]
+        draw.line([scores(0, enough), scores(end, enough)], COLOUR[task], 2)
+        curve(draw, [scores(epoch, row[task]) for epoch, row in rows if task in row], task)
     canvas.reduce(2).save(file)
 
 
 def draw_comparison(groups, file):
     """The picture of `compare`, 1,200 pixels wide: what share of its baseline each task keeps in
-    the end, as mean and standard deviation over the seeds; one never learned has no sign."""
+    the end, with a sign for each seed; one never learned has none."""
     settings = []  # (text, runs) from top to bottom
     for (_, device), (_, named) in groups.items():
         for name, runs in named.items():
             runs = list(runs.values())
-            where = f", on {runs[0]['data']['folder']}, {device}" if len(groups) > 1 else ""
-            text = f"{name}{where} (seeds: {len(runs)})"
-            settings.append(("\n".join(textwrap.wrap(text, 36, max_lines=3)), runs))
-    bottom, shares = 160 + 130 * len(settings), {}  # {(row, task): (mean, deviation)}
-    for (row, (_, runs)), task in product(enumerate(settings), TASKS):
-        kept = [1 - r["drop"][task] for r in runs if r["drop"][task] is not None]
-        if kept:
-            spread = statistics.stdev(kept) if len(kept) > 1 else 0.0
-            shares[row, task] = statistics.mean(kept), spread
-    high = max([1.1, *(mean + spread + 0.03 for mean, spread in shares.values())])
+            text = f"{name}, on {runs[0]['data']['folder']}, {device} (seeds: {len(runs)})"
+            settings.append((textwrap.fill(text, 36, max_lines=3), runs))
+    drops = [d for _, runs in settings for r in runs for d in r["drop"].values() if d is not None]
+    high, count = max(110, 105 - 100 * min(drops, default=0)), len(settings)
+    bottom, enough = 160 + 130 * count, 100 * (1 - MAX_DROP)
     canvas = Image.new("RGB", (2400, bottom + 110), "white")
     draw = ImageDraw.Draw(canvas)
-    legend(draw, 130, 50, "95 %")
-    title = "final score as a share of the task's baseline; bars: standard deviation over the seeds"
-    write(draw, (2340, bottom + 80), title, "rm")
-    percents = {p / 100: f"{p} %" for p in range(0, int(100 * high) + 1, 10 if high < 1.6 else 50)}
-    middles = {len(settings) - row - 0.5: text for row, (text, _) in enumerate(settings)}
-    place = axes(draw, (620, 110, 2340, bottom), (0, high, percents), (0, len(settings), middles))
-    draw.line([place(1, 0), place(1, len(settings))], GREY, 4)
-    dashed(draw, place(0.95, 0), place(0.95, len(settings)), GREY)
-    for (row, task), (mean, spread) in shares.items():
-        y = len(settings) - row - 0.25 - 0.25 * TASKS.index(task)
-        draw.line([place(max(0, mean - spread), y), place(mean + spread, y)], COLOUR[task], 5)
-        sign(draw, place(mean, y), task)
+    legend(draw, f"grey line: {enough:.0f} %")
+    write(draw, (2340, bottom + 80), "final score in % of the task's baseline, of each seed", "rm")
+    names = {count - 0.5 - row: text for row, (text, _) in enumerate(settings)}
+    place = axes(draw, (620, 110, 2340, bottom), (high, count), (ticks(high), names))
+    draw.line([place(enough, 0), place(enough, count)], GREY, 4)
+    for (row, (_, runs)), (k, task) in product(enumerate(settings), enumerate(TASKS, 1)):
+        kept = [100 - 100 * r["drop"][task] for r in runs if r["drop"][task] is not None]
+        curve(draw, [place(share, count - row - k / 4) for share in kept], task)
     canvas.reduce(2).save(file, "PNG")
 
 

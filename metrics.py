@@ -11,6 +11,7 @@ import statistics
 import sys
 import textwrap
 import time
+from glob import glob
 from itertools import product
 from pathlib import Path
 
@@ -20,8 +21,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+from torchvision.transforms.functional import pil_to_tensor
 
 from data import (FOLDERS, IGNORE, SHAPES, TASKS, VOC_PALETTE, MiniSet, UserError, command,
                   normalise, open_image, take, try_folder, write_whole)
@@ -76,10 +76,9 @@ def mean_ap(predictions, truth, classes=10):
             for (x1, y1, x2, y2), score, label in zip(*(column.tolist() for column in found))]
     if not rows:
         return 0.0, 0.0
-    images = [{"id": i, "width": r["width"], "height": r["height"]} for i, r in enumerate(truth)]
-    categories = [{"id": c} for c in range(classes)]
     coco = COCO()
-    coco.dataset = {"images": images, "annotations": annotations, "categories": categories}
+    coco.dataset = {"images": [{"id": i} for i in range(len(truth))], "annotations": annotations,
+                    "categories": [{"id": c} for c in range(classes)]}
     with contextlib.redirect_stdout(None):  # pycocotools reports every step
         coco.createIndex()
         coco_eval = COCOeval(coco, coco.loadRes(np.array(rows)), "bbox")
@@ -89,33 +88,35 @@ def mean_ap(predictions, truth, classes=10):
     return float(coco_eval.stats[1]), float(coco_eval.stats[0])
 
 
+def answers(model, task, split, device, batch_size):
+    """What a model answers in one task to each image of a split."""
+    for start in range(0, len(split), batch_size):
+        images, _ = take(split.batch, slice(start, start + batch_size), device)
+        yield from model(normalise(images), (task,))[task]
+
+
 @torch.no_grad()
 def evaluate(model, splits, device, batch_size=8):
     """A model on {task: MiniSet} -> {"seg": mIoU, "det": mAP@50, "map_50_95", "cls": Top-1}."""
     model.eval()
     scores = {}
     for task, split in splits.items():
-        counts, found, correct = np.zeros((21, 21), np.int64), [], 0
-        for start in range(0, len(split), batch_size):
-            part = slice(start, start + batch_size)
-            images, target = take(split.batch, part, device)
-            out = model(normalise(images), (task,))[task]
-            if task == "seg":
-                for logits, mask in zip(out, split.truth[part]):  # at the original resolution
-                    logits = F.interpolate(logits[None], mask.shape, mode="bilinear")
-                    counts += confusion(logits[0].argmax(0).cpu().numpy(), mask)
-            elif task == "det":
-                for rows, record in zip(out, split.truth[part]):
-                    boxes, confidences, labels = detections(rows)
-                    scale = boxes.new_tensor([record["width"], record["height"]] * 2)
-                    found.append((boxes * (scale / images.shape[-1]), confidences, labels))
-            else:
-                correct += (out.argmax(1) == target["labels"][:, 0]).sum().item()
+        pairs = zip(answers(model, task, split, device, batch_size), split.truth)
         if task == "seg":
+            counts = np.zeros((21, 21), np.int64)
+            for logits, mask in pairs:  # at the original resolution
+                logits = F.interpolate(logits[None], mask.shape, mode="bilinear")
+                counts += confusion(logits[0].argmax(0).cpu().numpy(), mask)
             scores["seg"] = mean_iou(counts)
         elif task == "det":
+            found, size = [], split.batch[0].shape[-1]
+            for rows, record in pairs:
+                boxes, confidences, labels = detections(rows)
+                scale = boxes.new_tensor([record["width"], record["height"]] * 2) / size
+                found.append((boxes * scale, confidences, labels))
             scores["det"], scores["map_50_95"] = mean_ap(found, split.truth)
         else:
+            correct = sum(logits.argmax().item() == label for logits, label in pairs)
             scores["cls"] = correct / len(split)
     return scores
 
@@ -123,21 +124,19 @@ def evaluate(model, splits, device, batch_size=8):
 def evaluate_saved(args):
     """Measures the model of `--eval` on the val split of a folder -> the dict that it writes."""
     (model, size, classes), root = load_model(args.eval), Path(args.data)
-    file, every = Path(args.out or Path(args.eval).parent / "eval.json"), "all" in args.tasks
+    file = Path(args.out or Path(args.eval).parent / "eval.json")
     try_folder(file.parent)
-    tasks = [t for t in TASKS if t in args.tasks or every and (root / FOLDERS[t]).is_dir()]
-    if not tasks:
-        raise UserError(f"--data {root}: none of {', '.join(FOLDERS.values())} is there.")
-    for t in [t for t in TASKS if every and t not in tasks]:
-        print(f"{root / FOLDERS[t]} is missing: {NAMES[t]} is not measured")
+    there = [t for t in TASKS if (root / FOLDERS[t]).is_dir()] or TASKS
+    tasks = there if "all" in args.tasks else args.tasks
     val = {t: MiniSet(root, t, "val", size, classes[t]) for t in tasks}
     model = model.to(args.device, memory_format=torch.channels_last)
-    scores = evaluate(model, val, args.device)
-    scores = {key: scores.get(key) for key in (*TASKS, "map_50_95")}
+    scores = dict.fromkeys((*TASKS, "map_50_95")) | evaluate(model, val, args.device)
     scores["n"] = {t: len(val[t]) for t in tasks}
-    for t in tasks:
-        extra = f" (mAP@50:95 {scores['map_50_95']:.4f})" if t == "det" else ""
-        print(f"{t}: {NAMES[t]} {scores[t]:.4f}{extra} on {len(val[t])} images")
+    for t in TASKS:
+        measured = f"{scores[t]:.4f} on {len(val[t])} images" if t in val else "is not measured"
+        print(f"{t}: {NAMES[t]} {measured}")
+    if "det" in val:
+        print(f"mAP@50:95 {scores['map_50_95']:.4f}")
     write_json(file, scores)
     print(f"Wrote {file}")
     return scores
@@ -255,33 +254,29 @@ def compare(folders, picture=None):
         raise UserError("No finished run among the folders; pass some, as in runs/*.")
     if picture:
         draw_comparison(groups, picture)
+
+    def means(runs, key, style):
+        return [mean_and_spread([r[key][t] for r in runs.values()], style) for t in TASKS]
     drops = [f"{name} drop" for name in NAMES.values()]
     lines = [["run", "passed", *NAMES.values(), *drops], ["---"] * 8]
     for baselines, named in groups.values():
         for name, runs in baselines.items():
-            scores = [mean_and_spread([r["baseline"][t] for r in runs.values()], ".3f")
-                      for t in TASKS]
-            lines.append([name, f"seeds: {len(runs)}", *scores, "", "", ""])
+            lines.append([name, f"seeds: {len(runs)}", *means(runs, "baseline", ".3f"), *[""] * 3])
         for name, runs in named.items():
-            runs = runs.values()
-            line = [name, f"{sum(r['verdict']['all'] for r in runs)} of {len(runs)}"]
-            line += [mean_and_spread([r["final"][t] for r in runs], ".3f") for t in TASKS]
-            line += [mean_and_spread([r["drop"][t] for r in runs], "+.1%") for t in TASKS]
-            lines.append(line)
+            passed = f"{sum(r['verdict']['all'] for r in runs.values())} of {len(runs)}"
+            lines.append([name, passed, *means(runs, "final", ".3f"), *means(runs, "drop", "+.1%")])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 # -- Files
-def digest(*paths):
-    """SHA-256 over files and folders: contents, and names inside a folder, not its own path. Linked
-    folders count as what they link to."""
-    result = hashlib.sha256()
-    for path in map(Path, paths):
-        inside = (Path(at) / name for at, _, names in os.walk(path, followlinks=True)
-                  for name in names)
-        for file in [path] if path.is_file() else sorted(inside):
-            if file.is_file():  # a broken link is none
-                result.update(os.fsencode(file.relative_to(path)) + file.read_bytes())
+def digest(path):
+    """SHA-256 over a file, or over a folder: the names in it and their contents. Linked folders
+    count as what they link to."""
+    result, path = hashlib.sha256(), Path(path)
+    inside = glob("**", root_dir=path, recursive=True, include_hidden=True)
+    for file in sorted(path / name for name in inside or [""]):
+        if file.is_file():
+            result.update(os.fsencode(file.relative_to(path)) + file.read_bytes())
     return result.hexdigest()
 
 
@@ -327,7 +322,7 @@ def axes(draw, area, high, marks):
 
 def curve(draw, points, task):
     """A line through points, each with the task's sign, framed in white to stay apart."""
-    draw.line(points, COLOUR[task], 6, "curve")
+    draw.line(points, COLOUR[task], 6)
     for point in points:
         draw.regular_polygon((*point, 16), SIGN[task], 0, COLOUR[task], "white", 3)
 
@@ -394,7 +389,6 @@ def draw_comparison(groups, file):
 
 # -- What a model sees: found = {"seg": mask (H, W), "det": [(box xyxy, name, score)], best first,
 # "cls": (name, probability)}, all in pixels of the photo. The truth has None for a score.
-IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 SHOWN = 0.3  # boxes below this score are left out
 
 
@@ -404,8 +398,8 @@ def look_at(photo, model, size, classes):
     model.eval()
     image = pil_to_tensor(photo.resize((size, size), Image.BILINEAR))[None]  # (1, 3, size, size)
     out = model(normalise(image.to(next(model.parameters()).device)))
-    shape = [-(-n // max(1, max(photo.size) / 1024)) for n in photo.size[::-1]]  # saves memory
-    logits = F.interpolate(out["seg"], [int(n) for n in shape], mode="bilinear")  # (1, 21, H, W)
+    shape = min(photo.height, 1024), min(photo.width, 1024)  # as many logits as memory holds
+    logits = F.interpolate(out["seg"], shape, mode="bilinear")  # (1, 21, H, W)
     mask = Image.fromarray(logits[0].argmax(0).byte().cpu().numpy())
     rows = out["det"][0, :, :5 + len(classes["det"])].cpu()  # no class without a name
     boxes, scores, labels = detections(rows, SHOWN)
@@ -424,49 +418,39 @@ def mask_names(classes):
     return drawn if classes["det"] == SHAPES else classes["seg"]
 
 
-def tag(draw, at, text, size, taken):
-    """White text on black whose left bottom is `at`, moved to where all of it is seen, and up or
-    down to where no other one is; left out where that is too far. taken: the others' corners."""
-    font, (right, bottom) = ImageFont.load_default(size), draw.im.size
-    *_, width, height = (int(v) + 5 for v in draw.textbbox((0, 0), text, font))
-    x = max(0, min(at[0], right - width))
-    for line in (0, 1, -1, 2, -2):
-        y = max(0, min(at[1] + line * height, bottom) - height)
-        corners = x, y, x + width, y + height
-        if all(x >= x2 or y >= y2 or corners[2] <= x1 or corners[3] <= y1
-               for x1, y1, x2, y2 in taken):
-            taken.append(corners)
-            draw.rectangle(corners, "black")
-            draw.text((x + 2, y + 1), text, "white", font)
-            return
-
-
 def annotated(photo, found, names, side):
     """A copy of an RGB photo, its longer side `side` pixels, with whatever is in `found` drawn onto
-    it. names: those of the mask's classes."""
-    picture, tags = ImageOps.contain(photo, (side, side)), []
-    image, scale = pil_to_tensor(picture), picture.width / photo.width  # (3, H, W)
+    it. names: those of the mask's classes. A text that has no room is left out."""
+    picture, texts = ImageOps.contain(photo, (side, side)), []  # [(left bottom, text)]
     if "seg" in found:
         mask = Image.fromarray(found["seg"]).resize(picture.size, Image.NEAREST)
-        mask = torch.from_numpy(np.array(mask))  # (H, W)
-        there = [c for c in mask.unique().tolist() if c not in (0, IGNORE)]
-        for c in there:
-            image = draw_segmentation_masks(image, mask == c, 0.6, VOC_PALETTE[c])
-            y, x = (mask == c).nonzero().float().mean(0).tolist()
-            tags.append(((x, y), names[c]))
-    if found.get("det"):
-        boxes = torch.tensor([box for box, *_ in found["det"]]) * scale  # (K, 4)
-        for colour, width in (("black", 4), ("white", 2)):
-            width = width * (1 + side // 1000)
-            image = draw_bounding_boxes(image, boxes, colors=colour, width=width)
-        for corner, (_, name, score) in zip(boxes[:, :2].tolist(), found["det"]):
-            tags.append((corner, name if score is None else f"{name} {score:.2f}"))
+        classes, there = np.array(mask), mask.point([0] + 254 * [255] + [0])
+        mask.putpalette(sum(VOC_PALETTE, ()))
+        picture.paste(Image.blend(picture, mask.convert("RGB"), 0.6), mask=there)
+        for c in set(np.unique(classes).tolist()) - {0, IGNORE}:
+            y, x = (classes == c).nonzero()
+            texts.append(((x.mean(), y.mean()), names[c]))
+    draw, unit = ImageDraw.Draw(picture), 1 + side // 1000
+    for box, name, score in found.get("det", []):
+        box = [v * picture.width / photo.width for v in box]
+        draw.rectangle(box, outline="black", width=4 * unit)
+        draw.rectangle(box, outline="white", width=2 * unit)
+        texts.append((box[:2], name if score is None else f"{name} {score:.2f}"))
     if "cls" in found:
         name, chance = found["cls"]
-        tags.append(((0, side), name if chance is None else f"class {name} {chance:.2f}"))
-    picture, taken = to_pil_image(image), []
-    for at, text in tags:
-        tag(ImageDraw.Draw(picture), at, text, max(12, side // 45), taken)
+        texts.append(((0, side), name if chance is None else f"class {name} {chance:.2f}"))
+    font, taken = ImageFont.load_default(max(12, side // 45)), np.zeros(picture.size[::-1], bool)
+    for (x, y), text in texts:
+        width, height = (int(v) + 5 for v in font.getbbox(text)[2:])
+        x = max(0, min(int(x), picture.width - width))
+        for line in (1, 0, -1, 2):  # above the point, below it, further below, or further up
+            top = max(0, min(int(y) - line * height, picture.height - height))
+            place = taken[top:top + height, x:x + width]
+            if not place.any():
+                place[:] = True
+                draw.rectangle((x, top, x + width, top + height), "black")
+                draw.text((x + 2, top + 1), text, "white", font)
+                break
     return picture
 
 
@@ -501,22 +485,17 @@ def draw_examples(strips, file, side=200):
     canvas.save(file)
 
 
-def photos_of(paths):
-    """Files, and the images in folders and their subfolders, sorted. Raises UserError if none."""
-    found = []
-    for path in map(Path, paths):
-        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
-        found += [p for p in inside if p == path or p.is_file() and p.suffix.lower() in IMAGES]
-    if not found:
-        raise UserError("--predict: no photo; name files or folders with some behind the model.")
-    return found
-
-
 def predict(args):
     """Looks with the model of `--predict` at photos -> the list that it writes as JSON, beside an
-    annotated copy and a mask of each photo. Unreadable ones are skipped and named."""
-    (file, *paths), out = args.predict, Path(args.out or "predictions")
-    (model, size, classes), photos, rows = load_model(file), photos_of(paths), {}
+    annotated copy and a mask of each photo. Unreadable files are skipped and named."""
+    (file, *paths), out, rows = args.predict, Path(args.out or "predictions"), []
+    model, size, classes = load_model(file)
+    photos = []
+    for path in map(Path, paths):
+        inside = sorted(p for p in path.rglob("*") if p.is_file())
+        photos += inside if path.is_dir() else [path]
+    if not photos:
+        raise UserError("--predict: no photo; name files or folders with some behind the model.")
     if any(out.resolve() in path.resolve().parents for path in photos):
         raise UserError(f"--out {out}: there are photos to look at; name another folder.")
     (out / "masks").mkdir(parents=True, exist_ok=True)
@@ -527,29 +506,27 @@ def predict(args):
         except UserError as e:
             print(f"skipped {e}")
             continue
-        found, name = look_at(photo, model, size, classes), path.stem
-        while f"{name}.png" in rows:  # of another folder
-            name += "-2"
-        annotated(photo, found, names, max(480, *photo.size)).save(out / f"{name}.png")
+        found, copy = look_at(photo, model, size, classes), f"{path.stem}.png"
+        while any(row["copy"] == copy for row in rows):  # of another folder
+            copy = f"{Path(copy).stem}-2.png"
+        annotated(photo, found, names, max(480, *photo.size)).save(out / copy)
         mask = Image.fromarray(found["seg"])
         mask.putpalette(sum(VOC_PALETTE, ()))
-        mask.save(out / "masks" / f"{name}.png")
+        mask.save(out / "masks" / copy)
         pixels = np.bincount(found["seg"].flatten()) / found["seg"].size
-        shares = {names[c]: pixels[c].item() for c in pixels.nonzero()[0]}
         boxes = [dict(zip(("xyxy", "label", "score"), box)) for box in found["det"]]
         label, chance = found["cls"]
-        rows[f"{name}.png"] = {"photo": str(path), "copy": f"{name}.png", "width": photo.width,
-                               "height": photo.height, "boxes": boxes, "pixels": shares,
-                               "class": {"label": label, "probability": chance}}
-        print(f"{path}: class {label} {chance:.2f}; boxes: "
-              + (", ".join(f"{box['label']} {box['score']:.2f}" for box in boxes) or "none")
-              + "; pixels: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
+        rows.append({"photo": str(path), "copy": copy, "width": photo.width,
+                     "height": photo.height, "boxes": boxes,
+                     "pixels": {names[c]: pixels[c].item() for c in pixels.nonzero()[0]},
+                     "class": {"label": label, "probability": chance}})
+        print(f"{path}: class {label} {chance:.2f}, boxes: {len(boxes)}; see {out / copy}")
     if not rows:
         raise UserError("--predict: none of the photos is readable; name others.")
-    write_json(out / "predictions.json", list(rows.values()))
+    write_json(out / "predictions.json", rows)
     print(f"{len(rows)} of {len(photos)} photos: annotated copies, masks/ and predictions.json are "
           f"in {out}")
-    return list(rows.values())
+    return rows
 
 
 def main():

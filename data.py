@@ -43,6 +43,7 @@ VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair 
 VOC_PALETTE = [tuple(sum((i >> 3 * j + c & 1) << 7 - j for j in range(3)) for c in range(3))
                for i in range(256)]  # the bits of index i are dealt to red, green, blue in turn
 VOC_COLOURS = {VOC_PALETTE[i]: i for i in (*range(1, 21), IGNORE)}
+MASKS = "SegmentationClass"  # VOC's folder of them
 COCO_CLASSES = "person bicycle car motorcycle bus truck cat dog chair tv".split()  # the ten sampled
 ARCHIVES = {  # address: MD5
     "https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar":
@@ -134,9 +135,7 @@ def read_coco(file, folder):
             count = Counter(entry[key] for entry in coco[kind])
             if len(count) < len(coco[kind]):
                 raise ValueError(f"two {kind} have the {key} {count.most_common(1)[0][0]}")
-        names = {category["id"]: category["name"] for category in coco["categories"]}
-        if not all(isinstance(name, str) for name in names.values()):
-            raise ValueError("a category's name is no text")
+        names = {category["id"]: str(category["name"]) for category in coco["categories"]}
         records = {record["id"]: {**record, "boxes": []} for record in coco["images"]}
         if not all(r["width"] > 0 and r["height"] > 0 for r in coco["images"]):
             raise ValueError("an image has no width or height")
@@ -182,17 +181,17 @@ def write_coco(folder, split, records, names):
     write_whole(file, json.dumps(coco, separators=(",", ":")).encode())
 
 
-def list_split(root, task, split):
+def list_split(folder, task):
     """One split on disk -> (class names, [(image path, COCO record or None)]), sorted. Files that
     are left out are counted and named."""
-    folder, names = Path(root) / FOLDERS[task] / split, VOC_CLASSES
     if task == "det":
-        file = folder.parent / "annotations" / f"mini_instances_{split}2017.json"
+        file = folder.parent / "annotations" / f"mini_instances_{folder.name}2017.json"
         names, samples = read_coco(file, folder)
+    elif task == "seg":
+        files = sorted(folder.glob("[!.]*"))
+        names, samples = VOC_CLASSES, [(p, None) for p in files if p.suffix.lower() in JPEG]
     else:
-        files = sorted(folder.glob("[!.]*" if task == "seg" else "[!.]*/[!.]*"))
-        samples = [(p, None) for p in files if task == "cls" or p.suffix.lower() in JPEG]
-    if task == "cls":
+        samples = [(path, None) for path in sorted(folder.glob("[!.]*/[!.]*"))]
         names = sorted({path.parent.name for path, _ in samples})
     used = {path.with_suffix("") for path, _ in samples}  # a mask has the name of its photo
     unused = [p for p in folder.rglob("[!.]*") if p.is_file() and p.with_suffix("") not in used]
@@ -241,7 +240,8 @@ class MiniSet:
     """
 
     def __init__(self, root, task, split, size, classes=None):
-        names, samples = list_split(root, task, split)
+        folder = Path(root) / FOLDERS[task] / split
+        names, samples = list_split(folder, task)
         self.classes = list(classes or names)
         if task != "seg" and len(self.classes) > 10:
             raise UserError(f"{root}: {len(self.classes)} {task} classes; the head has 10.")
@@ -251,12 +251,10 @@ class MiniSet:
                   f"{', '.join(self.classes)}")
         if task == "cls":
             samples = [(path, r) for path, r in samples if path.parent.name in self.classes]
-        folder = Path(root) / FOLDERS[task] / split
         if not samples:
             raise UserError(f"{folder}: no images (of known classes); run `python data.py`, or "
                             "name another --data.")
         self.paths, self.truth, images, targets = [path for path, _ in samples], [], [], []
-
         for path, record in samples:
             if task == "seg":
                 photo, target, truth = load_seg(path, size)
@@ -340,10 +338,8 @@ def random_windows(n, zoom, aspect, device):
     ratio = (uniform(-1, 1, n, 1, device=device) * log(aspect) / 2).exp()
     extent = torch.cat([side * ratio, side / ratio], 1)  # (n, 2)
     start = uniform(0, 1, n, 2, device=device) * (1 - extent)  # inside the image, or around it
-    mirrored = uniform(0, 1, n, device=device) < 0.5
-    mirrored = torch.stack([mirrored, torch.zeros_like(mirrored)], 1)  # (n, 2): in x only
-    return (torch.where(mirrored, start + extent, start),
-            torch.where(mirrored, -extent, extent))
+    mirrored = F.pad((uniform(0, 1, n, 1, device=device) < 0.5).float(), (0, 1))  # (n, 2): x only
+    return start + mirrored * extent, (1 - 2 * mirrored) * extent
 
 
 def look(x, window, size, mode):
@@ -359,12 +355,11 @@ def look(x, window, size, mode):
 def change_colours(x, strength, deviation):
     """Contrast, saturation and brightness of x (B, 3, S, S), which has mean 0, each by a random
     factor or shift of up to `strength`, and division by `deviation`: one matrix an image."""
-    b, device = len(x), x.device
-    factors = uniform(1 - strength, 1 + strength, b, 2, 1, 1, device=device)
+    factors = uniform(1 - strength, 1 + strength, len(x), 2, 1, 1, device=x.device)
     contrast, saturation = factors.unbind(1)  # each (B, 1, 1)
-    shift = uniform(-strength, strength, b, 1, 1, device=device)  # (B, 1, 1)
-    grey = torch.full((3, 3), 1 / 3, device=device)  # the matrix that removes all colour
-    matrix = torch.lerp(grey, torch.eye(3, device=device), saturation)  # (B, 3, 3)
+    shift = uniform(-strength, strength, len(x), 1, 1, device=x.device)
+    grey = torch.full((3, 3), 1 / 3, device=x.device)  # the matrix that removes all colour
+    matrix = torch.lerp(grey, torch.eye(3, device=x.device), saturation)  # (B, 3, 3)
     matrix = contrast * matrix / deviation.view(3, 1)
     brightness = 100 * shift / deviation.view(3, 1)  # (B, 3, 1)
     x = torch.baddbmm(brightness, matrix, x.flatten(2)).view_as(x)
@@ -379,10 +374,8 @@ def move_boxes(target, window, old_size, size):
     corners = (corners - start) / extent * size
     moved = torch.cat([corners.amin(2), corners.amax(2)], 2)  # (B, M, 4): mirrored, left is right
     boxes = moved.clamp(0, size)
-    width, height = (boxes[..., 2:] - boxes[..., :2]).unbind(2)  # each (B, M)
-    whole_width, whole_height = (moved[..., 2:] - moved[..., :2]).unbind(2)
-    seen = width * height > whole_width * whole_height / 5
-    seen = seen & (width >= 2) & (height >= 2)
+    sides, whole = (b[..., 2:] - b[..., :2] for b in (boxes, moved))  # each (B, M, 2)
+    seen = (sides.prod(2) > whole.prod(2) / 5) & (sides >= 2).all(2)  # (B, M)
     return {"boxes": boxes, "labels": torch.where(seen, target["labels"], -1)}
 
 
@@ -390,18 +383,16 @@ def move_boxes(target, window, old_size, size):
 @contextmanager
 def new_folder(path):
     """A temporary folder beside `path` that takes its place once the block is through. Nothing is
-    replaced: raises UserError if by then, or before, more than an empty folder is there."""
-    if path.is_file() or os.path.ismount(path) or path.exists() and os.listdir(path):
-        raise UserError(f"{path}: is there already, or a mount point, and nothing is ever "
-                        "overwritten; delete it, or name a new folder.")
+    replaced: raises UserError if something is there before, or more than an empty folder then."""
+    if path.exists():
+        raise UserError(f"{path}: is there already, and nothing is ever overwritten; delete it, or "
+                        "name a new folder.")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{path.name}.", dir=path.parent) as temporary:
         new = Path(temporary) / "new"
         new.mkdir()
         yield new
         try:
-            if path.exists():
-                path.rmdir()  # fails unless it is empty
             new.rename(path)
         except OSError as e:
             raise UserError(f"{path}: another process was faster ({e}).")
@@ -420,30 +411,28 @@ def cover(labels, rng):
 
 
 def pool(originals, task, split):
-    """The official split's candidates: {name: (set of classes, image path, mask or record)}."""
-    if task == "cls":
-        files = sorted((originals / "imagenette2-160" / split).glob("*/*.JPEG"))
-        return {f"{p.parent.name}/{p.name}": ({p.parent.name}, p, None) for p in files}
+    """The official split's candidates: {name: (set of classes, image path, record or None)}."""
     found = {}
-    if task == "det":
-        coco = originals / "coco"
-        file = coco / "annotations" / f"instances_{split}2017.json"
-        for path, record in read_coco(file, coco / f"{split}2017")[1]:
+    if task == "seg":
+        voc = originals / "VOCdevkit" / "VOC2012"
+        file = voc / "ImageSets" / "Segmentation" / f"{split}.txt"
+        for name in file.read_text(encoding="utf-8-sig").split() if file.is_file() else []:
+            try:
+                classes = set(np.unique(read_mask(voc / MASKS / f"{name}.png")).tolist())
+                found[name] = classes - {0, IGNORE}, voc / "JPEGImages" / f"{name}.jpg", None
+            except UserError as e:
+                print(f"skipped: {e}")
+    elif task == "det":
+        file = originals / "coco" / "annotations" / f"instances_{split}2017.json"
+        for path, record in read_coco(file, originals / "coco" / f"{split}2017")[1]:
             record["file_name"] = path.name  # without folders, as it will be copied
             record["boxes"] = [box for box in record["boxes"] if box["name"] in COCO_CLASSES]
             classes = {box["name"] for box in record["boxes"] if not box["iscrowd"]}
             if classes:
                 found[path.name] = classes, path, record
-        return found
-    voc = originals / "VOCdevkit" / "VOC2012"
-    file = voc / "ImageSets" / "Segmentation" / f"{split}.txt"
-    for name in file.read_text(encoding="utf-8-sig").split() if file.is_file() else []:
-        mask = voc / "SegmentationClass" / f"{name}.png"
-        try:
-            classes = set(np.unique(read_mask(mask)).tolist()) - {0, IGNORE}
-            found[name] = classes, voc / "JPEGImages" / f"{name}.jpg", mask
-        except UserError as e:
-            print(f"skipped: {e}")
+    else:
+        for path in sorted((originals / "imagenette2-160" / split).glob("*/*.JPEG")):
+            found[f"{path.parent.name}/{path.name}"] = {path.parent.name}, path, None
     return found
 
 
@@ -463,7 +452,7 @@ def fingerprint(path, record, taken):
     return grid
 
 
-def select(candidates, task, wanted, rng, taken, fetch):
+def select(candidates, wanted, rng, taken, fetch):
     """Names of `wanted` candidates, sorted: sound photos unlike all `taken`, the classes covered.
     Others are skipped and named. fetch: download COCO's photos as they are needed."""
     names, labels = [], {name: classes for name, (classes, path, _) in candidates.items()
@@ -473,9 +462,8 @@ def select(candidates, task, wanted, rng, taken, fetch):
     for name in cover(labels, rng):
         if len(names) == wanted:
             break
-        _, path, extra = candidates[name]
-        record = extra if task == "det" else None
-        if fetch and record and not path.is_file():
+        _, path, record = candidates[name]
+        if record and not path.is_file():
             fetch_image(record["coco_url"], path)
         try:
             taken.append(fingerprint(path, record, taken))
@@ -485,30 +473,28 @@ def select(candidates, task, wanted, rng, taken, fetch):
     return sorted(names)
 
 
-def prepare(root, originals, seed=0, fetch=False):
-    """Writes the three mini-sets and sample.json (the names) to the folder `root`, sampled from
-    `originals`. Raises UserError if too few photos are left."""
+def prepare(root, originals, seed, fetch):
+    """Writes the three mini-sets to the folder `root`, sampled from `originals`. Raises UserError
+    if too few photos are left."""
     rng, taken = random.Random(seed), []
-    chosen = {folder: {} for folder in FOLDERS.values()}
     for task, (split, wanted) in product(TASKS, COUNTS.items()):
         candidates, folder = pool(originals, task, split), root / FOLDERS[task]
-        names = select(candidates, task, wanted, rng, taken, fetch)
+        names = select(candidates, wanted, rng, taken, fetch)
         if len(names) < wanted:
             raise UserError(f"{originals}: {len(names)} of {wanted} images for {folder.name} "
                             f"{split}; complete it.")
         for name in names:
-            _, path, extra = candidates[name]
+            _, path, _ = candidates[name]
             target = folder / split / (name if task == "cls" else path.name)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
             if task == "seg":
-                shutil.copyfile(extra, target.with_suffix(".png"))
+                mask = path.parents[1] / MASKS / f"{name}.png"
+                shutil.copyfile(mask, target.with_suffix(".png"))
         if task == "det":
             write_coco(folder, split, [candidates[name][2] for name in names], COCO_CLASSES)
-        chosen[folder.name][split] = names
         MiniSet(root, task, split, 32)  # loads everything once, which checks it
         print(f"{folder.name} {split}: {wanted} images", flush=True)
-    (root / "sample.json").write_text(json.dumps(chosen, indent=1), encoding="utf-8")
 
 
 def download_originals(root):
@@ -606,9 +592,7 @@ def main(argv=None):
     add("--seed", type=int, default=0, help="fixes the draw (default: %(default)s)")
     args = parser.parse_args(argv)
     originals = Path(args.originals or "originals")
-    out = Path(args.out).resolve()
-    try_folder(out.parent)
-    with new_folder(out) as root:  # entered before anything is downloaded
+    with new_folder(Path(args.out).resolve()) as root:  # entered before anything is downloaded
         if not args.originals:
             download_originals(originals)
         prepare(root, originals, args.seed, fetch=not args.originals)

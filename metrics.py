@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import json
 import os
-import statistics
 import sys
 import textwrap
 import time
@@ -61,7 +60,7 @@ def mean_ap(predictions, truth, classes=10):
 
     predictions: per image (boxes (K, 4) in original pixels, scores (K,), labels (K,)); truth: that
     of `data.load_det`. A class without truth is left out of the mean, one with truth but no
-    detection counts as 0, and crowds are neither hit nor miss. Raises UserError without any box.
+    detection counts as 0, and crowds are neither hit nor miss. A MiniSet has a box at least.
     """
     annotations = []
     for image, box in ((i, box) for i, record in enumerate(truth) for box in record["boxes"]):
@@ -69,8 +68,6 @@ def mean_ap(predictions, truth, classes=10):
         annotations.append({"id": len(annotations) + 1, "image_id": image,
                             "bbox": [x1, y1, x2 - x1, y2 - y1], "category_id": box["label"],
                             "area": box["area"], "iscrowd": box["iscrowd"]})
-    if all(a["iscrowd"] for a in annotations):
-        raise UserError("The detection split has no boxes, so no mAP; name a folder with some.")
     rows = [(image, x1, y1, x2 - x1, y2 - y1, score, label)
             for image, found in enumerate(predictions)
             for (x1, y1, x2, y2), score, label in zip(*(column.tolist() for column in found))]
@@ -135,8 +132,6 @@ def evaluate_saved(args):
     for t in TASKS:
         measured = f"{scores[t]:.4f} on {len(val[t])} images" if t in val else "is not measured"
         print(f"{t}: {NAMES[t]} {measured}")
-    if "det" in val:
-        print(f"mAP@50:95 {scores['map_50_95']:.4f}")
     write_json(file, scores)
     print(f"Wrote {file}")
     return scores
@@ -178,7 +173,6 @@ def judge(results):
     results["drop"] = {t: drop(t, baseline[t], final[t]) for t in TASKS}
     results["drop_own"] = {t: drop(t, own[t], final[t]) for t in TASKS}
     results["bonus"] = all(d is not None and d <= 0 for d in results["drop"].values())
-
     drops = {t: (results["drop"][t], results["drop_own"][t]) for t in TASKS}
     verdict = {t: all(d is not None and d <= MAX_DROP + 1e-9 for d in drops[t]) for t in TASKS}
     verdict["params"] = results["params"] < MAX_PARAMS
@@ -227,9 +221,9 @@ def mean_and_spread(values, style):
     known = [v for v in values if v is not None]
     if not known:
         return "not learned"
-    text = format(statistics.mean(known), style)
+    text = format(np.mean(known), style)
     if len(known) > 1:
-        text += f"±{format(statistics.stdev(known), style.replace('+', ''))}"
+        text += f"±{format(np.std(known, ddof=1), style.replace('+', ''))}"
     return text + f" ({len(known)} of {len(values)})" * (len(known) < len(values))
 
 
@@ -289,7 +283,7 @@ def write_json(path, value):
 LONG = {"seg": "segmentation", "det": "detection", "cls": "classification"}
 COLOUR = {"seg": "#0072B2", "det": "#D55E00", "cls": "#009E73"}  # the colour-blind tell them apart
 SIGN = {"seg": 24, "det": 4, "cls": 3}  # corners of a task's sign: disc, square, triangle
-GREY, PALE = "#666666", "#DDDDDD"
+GREY, PALE = "#666666", "#CCCCCC"
 
 
 def write(draw, at, text, anchor="lm", size=28):
@@ -327,34 +321,35 @@ def curve(draw, points, task):
         draw.regular_polygon((*point, 16), SIGN[task], 0, COLOUR[task], "white", 3)
 
 
-def legend(draw, note):
-    for x, task in zip((130, 600, 1070), TASKS):
-        curve(draw, [(x + 20, 50)], task)
-        write(draw, (x + 46, 50), f"{NAMES[task]} ({LONG[task]})")
+def chart(height, note):
+    """A white canvas, 2,400 pixels wide, with the tasks' signs and a note at the top."""
+    canvas = Image.new("RGB", (2400, height), "white")
+    draw = ImageDraw.Draw(canvas)
+    for x, task in zip((150, 620, 1090), TASKS):
+        curve(draw, [(x, 50)], task)
+        write(draw, (x + 26, 50), f"{NAMES[task]} ({LONG[task]})")
     write(draw, (1540, 50), note)
+    return canvas, draw
 
 
 def draw_curves(results, file):
     """A run's picture, 1,200 pixels wide: all scores over the epochs of its stages, and below them
     the losses."""
-    rows, joint = list(enumerate(results["history"], 1)), len(results["matrix"]) == 1
+    rows = list(enumerate(results["history"], 1))
+    starts = {row["stage"]: epoch - 1 for epoch, row in reversed(rows)}  # {stage: epochs before}
     end, top = len(rows), 1.05 * max(max(row["loss"], row["penalty"]) for _, row in rows)
-    canvas = Image.new("RGB", (2400, 1720), "white")
-    draw = ImageDraw.Draw(canvas)
-    legend(draw, "thin lines: 95 % of a task's baseline")
+    canvas, draw = chart(1720, "thin lines: 95 % of a task's baseline")
     write(draw, (2360, 1690), "epoch", "rm")
     write(draw, (130, 1070), "loss of the stage's task (coloured), penalty of the remedies (grey)")
-    scores = axes(draw, (130, 150, 2360, 960), (end, 1), (ticks(end), ticks(1)))
-    losses = axes(draw, (130, 1100, 2360, 1630), (end, top), (ticks(end), ticks(top)))
-    for number, task in enumerate(TASKS[:len(results["matrix"])], 1):
-        stage = [(epoch, row) for epoch, row in rows if row["stage"] == number]
-        start = stage[0][0] - 1
-        draw.line([scores(start, 0), scores(start, 1)], GREY, 4)
-        draw.line([losses(start, 0), losses(start, top)], GREY, 4)
-        title = "all tasks at once" if joint else f"Stage {number}: {LONG[task]}"
-        write(draw, (scores(start, 1)[0], 124), title)
-        draw.line([losses(epoch, row["penalty"]) for epoch, row in stage], GREY, 4, "curve")
-        draw.line([losses(epoch, row["loss"]) for epoch, row in stage], COLOUR[task], 6, "curve")
+    epochs = {epoch: str(epoch) for epoch in (*starts.values(), end)}
+    scores = axes(draw, (130, 150, 2360, 960), (end, 1), (epochs, ticks(1)))
+    losses = axes(draw, (130, 1100, 2360, 1630), (end, top), (epochs, ticks(top)))
+    for stage, task in zip(sorted(starts), TASKS):
+        title = f"Stage {stage}: {LONG[task]}" if len(starts) > 1 else "all tasks at once"
+        write(draw, (scores(starts[stage], 1)[0], 124), title)
+        for key, colour, width in (("penalty", GREY, 4), ("loss", COLOUR[task], 6)):
+            points = [losses(epoch, row[key]) for epoch, row in rows if row["stage"] == stage]
+            draw.line(points, colour, width, "curve")
     for task in TASKS:
         enough = (1 - MAX_DROP) * results["baseline"][task]
         draw.line([scores(0, enough), scores(end, enough)], COLOUR[task], 2)
@@ -374,9 +369,7 @@ def draw_comparison(groups, file):
     drops = [d for _, runs in settings for r in runs for d in r["drop"].values() if d is not None]
     high, count = max(110, 105 - 100 * min(drops, default=0)), len(settings)
     bottom, enough = 160 + 130 * count, 100 * (1 - MAX_DROP)
-    canvas = Image.new("RGB", (2400, bottom + 110), "white")
-    draw = ImageDraw.Draw(canvas)
-    legend(draw, f"grey line: {enough:.0f} %")
+    canvas, draw = chart(bottom + 110, f"grey line: {enough:.0f} %")
     write(draw, (2340, bottom + 80), "final score in % of the task's baseline, of each seed", "rm")
     names = {count - 0.5 - row: text for row, (text, _) in enumerate(settings)}
     place = axes(draw, (620, 110, 2340, bottom), (high, count), (ticks(high), names))
@@ -506,9 +499,7 @@ def predict(args):
         except UserError as e:
             print(f"skipped {e}")
             continue
-        found, copy = look_at(photo, model, size, classes), f"{path.stem}.png"
-        while any(row["copy"] == copy for row in rows):  # of another folder
-            copy = f"{Path(copy).stem}-2.png"
+        found, copy = look_at(photo, model, size, classes), f"{len(rows) + 1:03}-{path.stem}.png"
         annotated(photo, found, names, max(480, *photo.size)).save(out / copy)
         mask = Image.fromarray(found["seg"])
         mask.putpalette(sum(VOC_PALETTE, ()))
@@ -521,8 +512,6 @@ def predict(args):
                      "pixels": {names[c]: pixels[c].item() for c in pixels.nonzero()[0]},
                      "class": {"label": label, "probability": chance}})
         print(f"{path}: class {label} {chance:.2f}, boxes: {len(boxes)}; see {out / copy}")
-    if not rows:
-        raise UserError("--predict: none of the photos is readable; name others.")
     write_json(out / "predictions.json", rows)
     print(f"{len(rows)} of {len(photos)} photos: annotated copies, masks/ and predictions.json are "
           f"in {out}")

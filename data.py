@@ -411,7 +411,8 @@ def cover(labels, rng):
 
 
 def pool(originals, task, split):
-    """The official split's candidates: {name: (set of classes, image path, record or None)}."""
+    """The official split's candidates: {file name below the mini-set's split: (set of classes,
+    image path, COCO record or None)}."""
     found = {}
     if task == "seg":
         voc = originals / "VOCdevkit" / "VOC2012"
@@ -419,7 +420,8 @@ def pool(originals, task, split):
         for name in file.read_text(encoding="utf-8-sig").split() if file.is_file() else []:
             try:
                 classes = set(np.unique(read_mask(voc / MASKS / f"{name}.png")).tolist())
-                found[name] = classes - {0, IGNORE}, voc / "JPEGImages" / f"{name}.jpg", None
+                path = voc / "JPEGImages" / f"{name}.jpg"
+                found[path.name] = classes - {0, IGNORE}, path, None
             except UserError as e:
                 print(f"skipped: {e}")
     elif task == "det":
@@ -485,11 +487,11 @@ def prepare(root, originals, seed, fetch):
                             f"{split}; complete it.")
         for name in names:
             _, path, _ = candidates[name]
-            target = folder / split / (name if task == "cls" else path.name)
+            target = folder / split / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
             if task == "seg":
-                mask = path.parents[1] / MASKS / f"{name}.png"
+                mask = path.parents[1] / MASKS / f"{path.stem}.png"
                 shutil.copyfile(mask, target.with_suffix(".png"))
         if task == "det":
             write_coco(folder, split, [candidates[name][2] for name in names], COCO_CLASSES)

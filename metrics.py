@@ -123,8 +123,8 @@ def evaluate_saved(args):
     (model, size, classes), root = load_model(args.eval), Path(args.data)
     file = Path(args.out or Path(args.eval).parent / "eval.json")
     try_folder(file.parent)
-    there = [t for t in TASKS if (root / FOLDERS[t]).is_dir()] or TASKS
-    tasks = there if "all" in args.tasks else args.tasks
+    there = [t for t in TASKS if (root / FOLDERS[t]).is_dir()]
+    tasks = (there or TASKS) if "all" in args.tasks else args.tasks  # MiniSet refuses what is not
     val = {t: MiniSet(root, t, "val", size, classes[t]) for t in tasks}
     model = model.to(args.device, memory_format=torch.channels_last)
     scores = dict.fromkeys((*TASKS, "map_50_95")) | evaluate(model, val, args.device)
@@ -132,6 +132,8 @@ def evaluate_saved(args):
     for t in TASKS:
         measured = f"{scores[t]:.4f} on {len(val[t])} images" if t in val else "is not measured"
         print(f"{t}: {NAMES[t]} {measured}")
+    if "det" in val:
+        print(f"mAP@50:95 {scores['map_50_95']:.4f}")
     write_json(file, scores)
     print(f"Wrote {file}")
     return scores
@@ -485,8 +487,7 @@ def predict(args):
     model, size, classes = load_model(file)
     photos = []
     for path in map(Path, paths):
-        inside = sorted(p for p in path.rglob("*") if p.is_file())
-        photos += inside if path.is_dir() else [path]
+        photos += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     if not photos:
         raise UserError("--predict: no photo; name files or folders with some behind the model.")
     if any(out.resolve() in path.resolve().parents for path in photos):

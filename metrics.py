@@ -419,7 +419,7 @@ def annotated(photo, found, names, side):
     picture, texts = ImageOps.contain(photo, (side, side)), []  # [(left bottom, text)]
     if "seg" in found:
         mask = Image.fromarray(found["seg"]).resize(picture.size, Image.NEAREST)
-        classes, there = np.array(mask), mask.point([0] + 254 * [255] + [0])
+        classes, there = np.array(mask), mask.point(lambda c: 255 * (c not in (0, IGNORE)))
         mask.putpalette(sum(VOC_PALETTE, ()))
         picture.paste(Image.blend(picture, mask.convert("RGB"), 0.6), mask=there)
         for c in set(np.unique(classes).tolist()) - {0, IGNORE}:

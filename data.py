@@ -383,7 +383,9 @@ def move_boxes(target, window, old_size, size):
 @contextmanager
 def new_folder(path):
     """A temporary folder beside `path` that takes its place once the block is through. Nothing is
-    replaced: raises UserError if something is there before, or more than an empty folder then."""
+    replaced: raises UserError if by then, or before, more than an empty folder is there."""
+    with suppress(OSError):
+        path.rmdir()  # fails unless it is an empty folder
     if path.exists():
         raise UserError(f"{path}: is there already, and nothing is ever overwritten; delete it, or "
                         "name a new folder.")

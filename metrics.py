@@ -512,7 +512,8 @@ def predict(args):
                      "height": photo.height, "boxes": boxes,
                      "pixels": {names[c]: pixels[c].item() for c in pixels.nonzero()[0]},
                      "class": {"label": label, "probability": chance}})
-        print(f"{path}: class {label} {chance:.2f}, boxes: {len(boxes)}; see {out / copy}")
+        things = ", ".join(f"{name} {score:.2f}" for _, name, score in found["det"]) or "no boxes"
+        print(f"{path}: class {label} {chance:.2f}; {things}")
     write_json(out / "predictions.json", rows)
     print(f"{len(rows)} of {len(photos)} photos: annotated copies, masks/ and predictions.json are "
           f"in {out}")

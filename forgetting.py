@@ -7,18 +7,11 @@
     weights     Freeze     nothing: the backbone, or backbone and neck, stop learning
     structure   Isolation  nothing: a new task gets channels of its own, old ones stop learning
 
-To add a remedy, write a class with those methods of `Remedy` that it needs:
-    remember(task, model, samples)     after each stage but the last: store what you need of the
-                                       model, or of the task's training set
-    wants(task)                        the old tasks whose outputs on the new images you compare
-    penalty(task, model, images, out)  a scalar, added to the loss in every step of `task`; `out`
-                                       holds the outputs of `task` and of all that was wanted; what
-                                       it changes in the remedy is lost where a run is interrupted
-(and stores_weights = True if it stores any), then enter it in REMEDIES, before isolation, and its
-flags, if any, in `train.add_remedy_flags`, those with three values also in the first row of
-STRENGTHS. Autograd does the rest. MAS (arXiv:1711.09601), for instance, is EWC with another
-`importance`: the mean absolute gradient of the squared norm of the outputs (of detection: all but
-the boxes, which are pixels).
+To add a remedy, write a class with those methods of `Remedy` that it needs, and enter it in REMEDIES
+before isolation; its flags, if any, go into `train.add_remedy_flags`, those with three values also
+into the first row of STRENGTHS. Autograd does the rest. MAS (arXiv:1711.09601), for instance, is
+EWC with another `importance`: the mean absolute gradient of the squared norm of the outputs (of
+detection: all but the boxes, which are pixels).
 """
 import argparse
 import random
@@ -29,10 +22,9 @@ import torch
 import torch.nn.functional as F
 
 from data import TASKS, augment, cover, take
-from losses import distil_det, distil_seg, task_loss
+from losses import distance, task_loss
 
 PAIRS = (("det", "seg"), ("cls", "seg"), ("cls", "det"))  # a stage's new task and an old task in it
-DISTANCES = {"seg": distil_seg, "det": distil_det}
 # Default strengths: a value for each of PAIRS, or, for shared_lr and own_channels, for each stage.
 # All rows apply whose remedies are in the strategy ("from scratch": with --weights none), and where
 # they differ the last one counts. Strategies that no row names have not been tuned.
@@ -58,21 +50,24 @@ STRENGTHS = {
 
 class Remedy:
     """What a remedy does where it does not say otherwise: nothing."""
-    stores_weights = False  # if it does, it cannot be joined with isolation
+    stores_weights = False  # if it does, it cannot be joined with isolation, which adds weights
 
     def __init__(self, args):
         self.args = args
         self.losses = args.box_loss, args.conf_loss  # of detection
 
     def remember(self, task, model, samples):
-        """Called after the stage of `task`, if another one follows. samples: its MiniSet."""
+        """Called after each stage but the last: stores what it needs of the model, or of the task's
+        training set, a MiniSet."""
 
     def wants(self, task):
         """The old tasks whose outputs `penalty` needs for the new images of `task`."""
         return ()
 
     def penalty(self, task, model, images, out):
-        """What a step of `task` adds to its loss -> scalar. images (B, 3, S, S), normalised."""
+        """What a step of `task` adds to its loss -> scalar. images (B, 3, S, S), normalised; out:
+        the outputs of `task` and of all that was wanted. What it changes in the remedy is lost
+        where a run is interrupted."""
         return 0.0
 
 
@@ -121,40 +116,40 @@ class LwF(Remedy):
         L = L_new + Σ_old weight_old · D_old(outputs now, outputs of the previous model)
 
     The previous model, as the last stage left it, teaches the old tasks on the images of the new
-    one: no image is stored. D is `losses.distil_seg` or `losses.distil_det`. Li & Hoiem's warm-up
-    of the new output rows alone is left out. In the stage of classification, which itself reads the
-    coarsest level alone, both models see the images in half size: all levels in full size would
-    take almost three times as long as a plain step.
+    one: no image is stored. D is `losses.distance`. Li & Hoiem's warm-up of the new output rows
+    alone is left out. In the stage of classification, which itself reads the coarsest level alone,
+    both models see the images in half size: all levels in full size would take almost three times
+    as long as a plain step.
     """
 
     def __init__(self, args):
         super().__init__(args)
-        self.teacher, self.old = None, ()
         self.weight = dict(zip(PAIRS, args.lwf_weight))
 
     def remember(self, task, model, samples):
         self.teacher = previous(model)
-        self.old = (*self.old, task)
 
     def wants(self, task):
-        return () if task == "cls" else self.old
+        return () if task == "cls" else before(task)
 
     def penalty(self, task, model, images, out):
+        if task == "seg":  # nothing to keep yet
+            return 0.0
         if task == "cls":
             images = F.avg_pool2d(images, 2)  # (B, 3, S/2, S/2)
-            out = model(images, self.old)
-        taught = self.teacher(images, self.old) if self.old else {}
-        return sum(self.weight[task, old] * distance(old, out, taught) for old in self.old)
+            out = model(images, before(task))
+        taught = self.teacher(images, before(task))
+        return sum(self.weight[task, old] * distance(old, out, taught) for old in before(task))
+
+
+def before(task):
+    """The tasks of earlier stages."""
+    return TASKS[:TASKS.index(task)]
 
 
 def previous(model):
     """A copy of the model that learns no more: the teacher of the next stage."""
     return deepcopy(model).eval().requires_grad_(False)
-
-
-def distance(task, out, taught):
-    """How far what a model says about a task is from what its teacher says -> scalar >= 0."""
-    return DISTANCES[task](out[task].float(), taught[task].float())
 
 
 class EWC(Remedy):
@@ -235,16 +230,11 @@ class Isolation(Remedy):
     it, other remedies may hold it. It is still one convolution after another, only wider.
     """
 
-    def __init__(self, args):
-        super().__init__(args)
-        self.learned = []
-
     def remember(self, task, model, samples):
-        self.learned.append(task)
-        extra = self.args.own_channels[len(self.learned)]
+        stage = TASKS.index(task) + 1  # the next one, from 0
         torch.manual_seed(self.args.seed)  # what ran before leaves no trace
-        if extra:
-            model.widen(extra, self.learned)
+        if self.args.own_channels[stage]:
+            model.widen(self.args.own_channels[stage], TASKS[:stage])
 
 
 # In the order in which they remember: Freeze and Isolation change the model that the others look at

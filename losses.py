@@ -49,8 +49,14 @@ def seg_loss(logits, mask):
     return total / (mask != IGNORE).sum().clamp(min=1)
 
 
+def distance(task, out, taught):
+    """How far what a model says about a task is from what its teacher says -> scalar >= 0."""
+    distil = {"seg": distil_seg, "det": distil_det}[task]
+    return distil(out[task].float(), taught[task].float())
+
+
 def distil_seg(logits, taught):
-    """How far segmentation logits are from a teacher's, both (B, 21, h, w) -> scalar >= 0.
+    """Logits of segmentation and a teacher's, both (B, 21, h, w) -> scalar >= 0.
 
     The mean over cells of T² KL(teacher ‖ student). What the teacher takes for an object weighs
     up to five times as much as background, most of every photo but one class of 21 in the mIoU.
@@ -125,24 +131,24 @@ def det_loss(det, target, cells, box_loss="giou", conf_loss="bce"):
     boxes = target["boxes"].gather(1, index[..., None].expand(-1, -1, 4))  # (B, N, 4)
     labels = target["labels"].gather(1, index).where(positive, IGNORE)  # (B, N)
 
-    distance = giou_loss(det[..., :4], boxes)  # (B, N) in [0, 2]
-    quality = (1 - distance.detach()).clamp(min=0) * positive  # (B, N): what confidence should be
+    error = giou_loss(det[..., :4], boxes)  # (B, N) in [0, 2]
+    quality = (1 - error.detach()).clamp(min=0) * positive  # (B, N): what confidence should be
     if box_loss != "giou":
-        error = {"smooth_l1": F.smooth_l1_loss, "mse": F.mse_loss}[box_loss]
-        distance = error(encode(det[..., :4], cells), encode(boxes, cells), reduction="none").sum(2)
-    total_box_loss = (distance * positive).sum()
-    reduction = "none" if conf_loss == "focal" else "sum"
-    confidence_loss = F.binary_cross_entropy_with_logits(det[..., 4], quality, reduction=reduction)
+        of_offsets = {"smooth_l1": F.smooth_l1_loss, "mse": F.mse_loss}[box_loss]
+        t, true_t = encode(det[..., :4], cells), encode(boxes, cells)  # (B, N, 4)
+        error = of_offsets(t, true_t, reduction="none").sum(2)  # (B, N)
+    confidence = F.binary_cross_entropy_with_logits(det[..., 4], quality, reduction="none")
     if conf_loss == "focal":
-        confidence_loss = ((det[..., 4].sigmoid() - quality).abs() * confidence_loss).sum()
+        confidence = (det[..., 4].sigmoid() - quality).abs() * confidence
     class_loss = F.cross_entropy(det[..., 5:].flatten(0, 1), labels.flatten(),
                                  ignore_index=IGNORE, reduction="sum")
-    return (2 * total_box_loss + class_loss + confidence_loss) / positive.sum().clamp(min=1)
+    total = 2 * (error * positive).sum() + class_loss + confidence.sum()
+    return total / positive.sum().clamp(min=1)
 
 
 def distil_det(det, taught):
-    """How far detections are from a teacher's, both (B, N, 15) -> scalar >= 0, as `det_loss` but
-    against soft targets: box and class of a cell count by the teacher's confidence in it."""
+    """Detections and a teacher's, both (B, N, 15) -> scalar >= 0, as `det_loss` but against soft
+    targets: box and class of a cell count by the teacher's confidence in it."""
     confidence = taught[..., 4].sigmoid()  # (B, N)
     kept = F.binary_cross_entropy_with_logits(det[..., 4], confidence, reduction="none")
     entropy = F.binary_cross_entropy_with_logits(taught[..., 4], confidence, reduction="none")

@@ -133,11 +133,16 @@ class OneHead(nn.Module):
                             f"{len(self.features) - 1}; name some in ascending order.")
         self.arch = {"backbone": backbone, "taps": taps, "neck": neck, "width": width,
                      "hidden": hidden, "head_layers": head_layers, "head_stride": head_stride}
+        self.fixed = set()  # names of the BatchNorm layers that `fix_batchnorm` stopped
         with torch.no_grad():  # channels and strides are read off a dummy image; eval: BN unmoved
             maps = self.eval().backbone(torch.zeros(1, 3, 64, 64))
         channels = [m.shape[1] for m in maps]
-        self.strides = [64 // m.shape[-1] for m in maps]  # 8, 16, 32
-        self.choose_strides()
+        self.tapped = [64 // m.shape[-1] for m in maps]  # strides: 8, 16, 32
+        if neck == "fpn" and head_stride not in (None, *self.tapped):
+            raise UserError(f"--head-stride {head_stride}: the FPN has {self.tapped}; take one.")
+        self.strides = self.tapped if neck == "fpn" else self.tapped[-1:]  # of what the head reads
+        if head_stride:
+            self.strides = [head_stride]
         if head_layers == 3 and len(self.strides) > 1:
             raise UserError("--head-layers 3: its BatchNorm needs one map; give a --head-stride.")
         self.neck = NECKS[neck](channels, width)
@@ -148,20 +153,7 @@ class OneHead(nn.Module):
             self.head[2].bias[DET][4] = -torch.log(torch.tensor((1 - PRIOR) / PRIOR))  # the start
         for layer in self.batchnorms().values():
             layer.momentum = 0.1  # torchvision's 0.01 needs hundreds of steps to settle
-            layer.fixed = False
         self.train()
-
-    def choose_strides(self):
-        """Narrows the strides of the tapped maps to those of the maps that the head reads."""
-        stride = self.arch["head_stride"]
-        self.read = slice(None)  # the levels of the FPN that the head reads
-        if self.arch["neck"] != "fpn":
-            self.strides = [stride or self.strides[-1]]
-        elif stride not in (None, *self.strides):
-            raise UserError(f"--head-stride {stride}: the FPN has {self.strides}; take one.")
-        elif stride:
-            level = self.strides.index(stride)
-            self.read, self.strides = slice(level, level + 1), [stride]
 
     def backbone(self, x):
         """(B, 3, H, W) -> the tapped feature maps, finest first."""
@@ -172,14 +164,14 @@ class OneHead(nn.Module):
                 maps.append(x)
         return maps
 
-    def levels(self, maps, size, only_coarsest=False):
+    def levels(self, maps, size):
         """The tapped maps of images of a size (H, W) -> what the head reads, finest first."""
+        stride = self.arch["head_stride"]
         if self.arch["neck"] != "fpn":
             level = self.neck(maps[-1])
             return [resize(level, [-(-n // self.strides[0]) for n in size])]
-        if only_coarsest and self.read == slice(None):
-            maps = maps[-1:]  # the coarsest level of an FPN does not depend on the finer ones
-        return list(self.neck(dict(enumerate(maps))).values())[self.read]
+        levels = list(self.neck(dict(enumerate(maps))).values())
+        return [levels[self.tapped.index(stride)]] if stride else levels
 
     def scene(self, level):
         """The head on the mean of a level (B, C, h, w), padded by itself, not by zeros ->
@@ -200,7 +192,9 @@ class OneHead(nn.Module):
         cls    logits (B, 10), the mean over the coarsest level, the closest to ImageNet's features
         """
         maps = self.backbone(images)  # (B, 24, H/8, W/8), (B, 48, H/16, W/16), (B, 576, H/32, W/32)
-        levels = self.levels(maps, images.shape[2:], only_coarsest=set(tasks) == {"cls"})
+        if set(tasks) == {"cls"} and not self.arch["head_stride"]:
+            maps = maps[-1:]  # the coarsest level, which does not depend on the finer ones
+        levels = self.levels(maps, images.shape[2:])
         outputs = [self.head(level) for level in levels]  # (B, 46, H/s, W/s) each
 
         out = {}
@@ -222,19 +216,20 @@ class OneHead(nn.Module):
         return {name: m for name, m in self.named_modules() if isinstance(m, nn.BatchNorm2d)}
 
     def fix_batchnorm(self, names=None):
-        """Keeps these BatchNorm layers (default: all) in eval mode, after every .train() too.
+        """Keeps these BatchNorm layers (default: all) and no others in eval mode, after every
+        .train() too.
 
         Their statistics describe the data they were learned on; left live, a later stage's images
         overwrite them, and every old output moves even if all weights are frozen.
         """
-        for name, layer in self.batchnorms().items():
-            layer.fixed |= names is None or name in names
+        self.fixed = set(self.batchnorms() if names is None else names)
         self.train(self.training)
 
-    def free_batchnorm(self):
-        """Lets BatchNorm follow the images of each stage: the mistake that `--bn live` shows."""
-        for layer in self.batchnorms().values():
-            layer.fixed = False
+    def train(self, mode=True):
+        super().train(mode)
+        for name, layer in self.batchnorms().items():
+            layer.train(mode and name not in self.fixed)
+        return self
 
     def widen(self, extra, learned):
         """Gives neck and hidden layer `extra` channels more, for the tasks to come.
@@ -261,12 +256,6 @@ class OneHead(nn.Module):
             if parametrize.is_parametrized(layer):
                 parametrize.remove_parametrizations(layer, "weight")
                 parametrize.remove_parametrizations(layer, "bias")
-
-    def train(self, mode=True):
-        super().train(mode)
-        for layer in self.batchnorms().values():
-            layer.train(mode and not getattr(layer, "fixed", False))
-        return self
 
 
 class Held(nn.Module):
@@ -354,33 +343,32 @@ def encode(boxes, cells):
 
 # -- Weights and files
 def load_weights(model, weights):
-    """Fills the model from "imagenet" (torchvision's backbone), "none", or a file with a state dict
-    of the backbone (keys `features.*`) or a model.pt, and fixes the BatchNorm layers loaded. Raises
-    UserError if the file is unreadable or of another architecture, or the download fails."""
+    """Fills the backbone from "imagenet" (torchvision's weights), "none", or a file: a state dict
+    with keys `features.*`, or a model.pt. Its BatchNorm layers are fixed. Raises UserError if the
+    file is unreadable or of another backbone, or the download fails."""
     backbone = model.arch["backbone"]
     _, _, pretrained = BACKBONES[backbone]
     if weights == "none":
         return
-    if weights == "imagenet" and pretrained is None:
+    if weights != "imagenet":
+        state = read_checkpoint(weights)
+        state = state.get("model", state)
+    elif pretrained is None:
         raise UserError(f"--weights imagenet: {backbone} has none; pass a file or none.")
-    if weights == "imagenet":
+    else:
         try:
             state = pretrained.get_state_dict(check_hash=True)
         except (OSError, RuntimeError) as e:
             raise UserError(f"The ImageNet weights could not be downloaded ({e}): try again, pass "
                             "a file as --weights PATH, or start from scratch with --weights none.")
-    else:
-        state = read_checkpoint(weights)
     try:
-        state, rest = state.get("model", state), {}
-        if not any(key.startswith("head.") for key in state):  # a backbone: complete it
-            rest = {k: v for k, v in model.state_dict().items() if not k.startswith("features.")}
-            state = {k: v for k, v in state.items() if k.startswith("features.")}
-        model.load_state_dict(state | rest)
+        model.features.load_state_dict({key.removeprefix("features."): value
+                                        for key, value in state.items()
+                                        if key.startswith("features.")})
     except (RuntimeError, TypeError, AttributeError):
         raise UserError(f"--weights {weights}: not this architecture; pass a file with the "
                         f"backbone {backbone}, or a model.pt.")
-    model.fix_batchnorm({n for n in model.batchnorms() if f"{n}.running_mean" in state})
+    model.fix_batchnorm(name for name in model.batchnorms() if name.startswith("features."))
 
 
 def read_checkpoint(path):

@@ -919,7 +919,7 @@ def test_fixed_batchnorm_is_bit_identical_after_a_stage_and_live_is_not(trained_
     assert not all_equal(before, untrained.named_buffers())  # new layers learn in Stage 1
     train.train_stage(trained_model, "det", tiny_run)
     assert all_equal(before, trained_model.named_buffers())
-    trained_model.free_batchnorm()
+    trained_model.fix_batchnorm([])
     train.train_stage(trained_model, "det", tiny_run)
     assert not all_equal(before, trained_model.named_buffers())
 
@@ -1167,7 +1167,7 @@ def test_lwf_learns_from_the_latest_model_and_moves_neither_it_nor_new_rows(trai
 
 
 def test_ewc_leaves_the_statistics_of_a_live_batchnorm_alone(trained_model, shapes, tiny_run):
-    trained_model.free_batchnorm()
+    trained_model.fix_batchnorm([])
     trained_model.train()
     before = copies(trained_model.named_buffers())
     torch.manual_seed(0)
@@ -1198,20 +1198,16 @@ def test_freeze_leaves_backbone_and_its_batchnorm_bit_identical(extent, shapes, 
     assert "head.0.weight" not in same
 
 
-def test_joint_training_shows_every_task_as_often_as_its_stage(trained_model, shapes, tmp_path,
-                                                               tiny_run, monkeypatch):
+def test_joint_training_shows_every_task_as_often_as_its_stage(trained_model, shapes, monkeypatch):
     run = train.Run(tiny_args(shapes, "--batch-size", "8", "--epochs", "40", "20", "15"))
-    run.args.out = tmp_path
-    given, shown = [], []
-    monkeypatch.setattr(train, "train_stage", lambda *stage, file: given.append(stage[3]))
-    train.run_joint(run)
+    remedies, shown = train.all_at_once(run), []
     real = forgetting.augment
     monkeypatch.setattr(forgetting, "augment", lambda x, y: shown.append(len(x)) or real(x, y))
     torch.manual_seed(0)
-    for replay in given[0]:
+    for replay in remedies:
         replay.penalty("seg", trained_model, None, None)
     assert shown == [4, 3]  # of det and cls beside 8 of seg
-    assert [{t: len(x) for t, (x, _) in r.buffer.items()} for r in given[0]] == [{"det": 20},
+    assert [{t: len(x) for t, (x, _) in r.buffer.items()} for r in remedies] == [{"det": 20},
                                                                                {"cls": 20}]
 
 

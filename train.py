@@ -79,6 +79,9 @@ class OneOrThree(argparse.Action):
         setattr(namespace, self.dest, values * (3 // len(values)))
 
 
+THREE = {"nargs": "+", "action": OneOrThree, "metavar": "X"}
+
+
 def make_parser():
     tables = [f"  {row:34}" + ", ".join(f"{flag} {value}" for flag, value in values.items())
               for row, values in (RECIPES | STRENGTHS).items()]
@@ -108,14 +111,16 @@ def make_parser():
     add("--benchmark", action="store_true", help="measure size and speed on this machine")
     group.add_argument("--tasks", nargs="+", choices=[*TASKS, "all"], default=["all"],
                        metavar="TASK", help="which --eval measures: seg, det, cls (default: all)")
-    add_network_flags(parser.add_argument_group("network"))
-    add_recipe_flags(parser.add_argument_group("training (one value, or three: seg det cls)"))
-    add_remedy_flags(parser.add_argument_group("remedies (one value, or three)"))
+    add_network_flags(parser.add_argument_group("network").add_argument)
+    group = parser.add_argument_group("training (one value, or three: seg det cls)")
+    add_recipe_flags(group.add_argument)
+    group = parser.add_argument_group("remedies (one value, or three: seg in Stage 2, seg in Stage 3, "
+                                      "det in Stage 3)")
+    add_remedy_flags(group.add_argument)
     return parser
 
 
-def add_network_flags(group):
-    add = group.add_argument
+def add_network_flags(add):
     add("--backbone", choices=BACKBONES, default="mobilenet_v3_small", metavar="NAME",
         help=f"{', '.join(BACKBONES)} (default: %(default)s)")
     add("--taps", type=numbers(0, kind=int), nargs="+", metavar="N", help="blocks of the "
@@ -126,53 +131,48 @@ def add_network_flags(group):
         help="channels of the neck (default: %(default)s)")
     add("--hidden", type=numbers(1, 1024, int), default=128, metavar="N",
         help="channels of the head's hidden layer (default: %(default)s)")
-    add("--head-layers", type=int, choices=[2, 3], default=2, help="3: two hidden ones, with "
-        "BatchNorm (default: %(default)s)")
-    add("--head-stride", type=int, choices=[8, 16, 32], help="of the one map that the head reads "
-        "(default: every level of the neck)")
+    add("--head-layers", type=int, choices=[2, 3], default=2,
+        help="3: two hidden ones, with BatchNorm (default: %(default)s)")
+    add("--head-stride", type=int, choices=[8, 16, 32],
+        help="of the one map that the head reads (default: every level of the neck)")
 
 
-def add_recipe_flags(group):
-    add, three = group.add_argument, {"nargs": "+", "action": OneOrThree, "metavar": "X"}
+def add_recipe_flags(add):
     add("--weights", help="imagenet, none, or a file")
-    add("--image-size", type=numbers(32, 4096, int), metavar="PIXELS", help="side of the square "
-        "images, a multiple of 32")
-    add("--epochs", **three, type=numbers(1, kind=int), help="of each stage")
-    add("--lr", **three, type=numbers(1e-9), help="peak learning rate of neck and head")
-    add("--trunk-lr", **three, type=numbers(0), help="the backbone's share of it")
+    add("--image-size", type=numbers(32, 4096, int), metavar="PIXELS",
+        help="side of the square images, a multiple of 32")
+    add("--epochs", **THREE, type=numbers(1, kind=int), help="of each stage")
+    add("--lr", **THREE, type=numbers(1e-9), help="peak learning rate of neck and head")
+    add("--trunk-lr", **THREE, type=numbers(0), help="the backbone's share of it")
     add("--batch-size", type=numbers(1, kind=int), metavar="N", help="images a step")
     add("--box-loss", choices=["giou", "smooth_l1", "mse"], default="giou", metavar="NAME",
         help="of detection: giou, or smooth_l1 or mse of the offsets (default: %(default)s)")
-    add("--conf-loss", choices=["bce", "focal"], default="bce", help="of detection; focal has "
-        "gamma 1 (default: %(default)s)")
-    add("--conf-warmup", type=numbers(0, kind=int), default=0, metavar="N", help="epochs of bce "
-        "before focal (default: %(default)s)")
+    add("--conf-loss", choices=["bce", "focal"], default="bce",
+        help="of detection; focal has gamma 1 (default: %(default)s)")
+    add("--conf-warmup", type=numbers(0, kind=int), default=0, metavar="N",
+        help="epochs of bce before focal (default: %(default)s)")
     add("--bn", choices=["fixed", "live"], default="fixed", help="live: BatchNorm statistics "
         "follow every stage's images, which forgets (default: %(default)s)")
 
 
-def add_remedy_flags(group):
-    add, three = group.add_argument, {"nargs": "+", "action": OneOrThree, "metavar": "X"}
+def add_remedy_flags(add):
     add("--replay-images", type=numbers(1, 10, int), default=10, metavar="N",
         help="stored images per old task; the rules allow 10 (default: %(default)s)")
     add("--replay-tasks", nargs="+", choices=TASKS[:2], default=["seg", "det"], metavar="TASK",
         help="old tasks to replay: seg, det (default: both)")
-    add("--replay-batch", type=numbers(1, kind=int), metavar="N", help="stored images per old task "
-        "in a step")
-    add("--replay-weight", **three, type=numbers(0), help="weight of an old task's loss on stored "
-        "images: of seg in Stage 2, seg in Stage 3, det in Stage 3")
-    add("--replay-teacher", **three, type=numbers(0), help="weight of the distance to old outputs "
-        "on stored images, in the same order")
-    add("--lwf-weight", **three, type=numbers(0), help="weight of the distance to old outputs on "
-        "new images, in the same order")
-    add("--ewc-lambda", **three, type=numbers(0), help="mean stiffness of the springs, in "
-        "the same order")
-    add("--own-channels", **three, type=numbers(0, 512, int), help="channels that `isolation` adds "
-        "before Stages 2 and 3 (the first value counts for nothing); a stage with 0 trains all "
-        "that there are")
-    add("--shared-lr", **three, type=numbers(0), help="share of --lr in Stages 2 and 3 (the first "
-        "value counts for nothing) for all but the output layer, or for the backbone alone where a "
-        "stage has own channels")
+    add("--replay-batch", type=numbers(1, kind=int), metavar="N",
+        help="stored images per old task in a step")
+    add("--replay-weight", **THREE, type=numbers(0),
+        help="weight of an old task's loss on stored images")
+    add("--replay-teacher", **THREE, type=numbers(0),
+        help="weight of the distance to old outputs on stored images")
+    add("--lwf-weight", **THREE, type=numbers(0),
+        help="weight of the distance to old outputs on new images")
+    add("--ewc-lambda", **THREE, type=numbers(0), help="mean stiffness of the springs")
+    add("--own-channels", **THREE, type=numbers(0, 512, int), help="of each stage: channels that "
+        "`isolation` adds before it (none before Stage 1); with 0 it trains all that there are")
+    add("--shared-lr", **THREE, type=numbers(0), help="of each stage but the first: share of --lr "
+        "for all but the output layer, or for the backbone alone if the stage has own channels")
     add("--freeze", choices=["trunk", "neck"], default="trunk", help="what `freeze` holds after "
         "Stage 1: the backbone, or backbone and neck (default: %(default)s)")
 
@@ -292,12 +292,10 @@ def train_epoch(model, task, run, remedies, optimizer, scaler, epoch):
             group["lr"] = lr * group["share"]
         batch = augment(*take(samples.batch, indices, args.device))
         sums += train_step(model, task, batch, remedies, optimizer, scaler, losses)
-        run.done += 1 / len(batches)
         if sys.stdout.isatty():
             done = step - (epoch - 1) * len(batches)
             print(f"\r{task} epoch {epoch:3}/{args.epochs[stage]}  loss {sums[0] / done:.4f}  "
-                  f"[{'#' * (20 * done // len(batches)):20}]  {run.time_left()} left", end="\r",
-                  flush=True)
+                  f"[{'#' * (20 * done // len(batches)):20}]", end="\r", flush=True)
         if not np.isfinite(sums).all():
             names = ", ".join(str(samples.paths[i]) for i in indices.tolist())
             raise UserError(f"{task}, epoch {epoch}: the loss is not finite on the images {names}; "
@@ -317,7 +315,6 @@ def train_stage(model, task, run, remedies=(), shared_lr=1.0, file=None):
     scaler = torch.amp.GradScaler("cuda", enabled="cuda" in args.device)  # for half precision
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
     history = restore(file, parts) if file else []
-    run.total -= len(history)
     for epoch in range(len(history) + 1, args.epochs[stage] + 1):
         start = time.perf_counter()
         loss, penalty, lr = train_epoch(model, task, run, remedies, optimizer, scaler, epoch)
@@ -330,17 +327,18 @@ def train_stage(model, task, run, remedies=(), shared_lr=1.0, file=None):
         history.append(row)
         if file:
             keep(file, parts, history)
+        left = row["seconds"] * (args.epochs[stage] - epoch)
         print(f"{task} epoch {epoch:3}/{args.epochs[stage]}  loss {loss:.4f}  "
-              f"penalty {penalty:.4f}  lr {lr:.1e}  {speed:.0f} images/s  {run.time_left()} left",
-              flush=True)
+              f"penalty {penalty:.4f}  lr {lr:.1e}  {speed:.0f} images/s  "
+              f"{left // 60:.0f}:{left % 60:02.0f} left in this stage", flush=True)
     return history
 
 
 def keep(file, parts, history):
     """Writes all that the rest of a stage depends on: parts {name: what has a state_dict}."""
     states = {name: part.state_dict() for name, part in parts.items()}
-    gpu = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-    write_checkpoint(file, states | {"random": [torch.get_rng_state(), gpu], "history": history})
+    random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]  # of the CPU and all GPUs
+    write_checkpoint(file, states | {"random": random, "history": history})
 
 
 def restore(file, parts):
@@ -351,15 +349,15 @@ def restore(file, parts):
         return []
     for name, part in parts.items():
         part.load_state_dict(saved[name])
-    torch.set_rng_state(saved["random"][0])
-    if saved["random"][1] is not None:
-        torch.cuda.set_rng_state(saved["random"][1])
+    cpu, *gpus = saved["random"]
+    torch.set_rng_state(cpu)
+    torch.cuda.set_rng_state_all(gpus)
     return saved["history"]
 
 
 # -- The experiment
 class Run:
-    """What all trainings of one run share: its arguments, its data, and the time they take."""
+    """What all trainings of one run share: its arguments and its data."""
 
     def __init__(self, args):
         self.args, self.start = args, time.perf_counter()
@@ -377,13 +375,6 @@ class Run:
                                 "one cell; choose another --batch-size.")
         self.data = {t: digest(Path(args.data) / FOLDERS[t]) for t in TASKS}
         self.surroundings = surroundings(args)
-        self.done, self.total = 0, 2 * sum(args.epochs)  # epochs, of baselines and stages
-
-    def time_left(self):
-        """What is left at the mean pace of the epochs done."""
-        left = max(0.0, self.total - self.done)
-        seconds = (time.perf_counter() - self.start) / self.done * left
-        return f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
 
 
 def code_digest(*modules):
@@ -404,28 +395,48 @@ def train_alone(task, run):
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     file = Path(args.out).parent / ".baselines" / f"{task}-{name}.pt"
     try:
-        record = read_checkpoint(file)
-        run.total -= args.epochs[stage]
+        return read_checkpoint(file)
     except UserError:
-        model, unfinished = new_model(args), file.with_name(f"{file.stem}-unfinished.pt")
         print(f"Baseline: {task} alone", flush=True)
-        record = {"history": train_stage(model, task, run, file=unfinished),
-                  "model": model.state_dict()}
-        write_checkpoint(file, record)
-        unfinished.unlink(missing_ok=True)
+    model, unfinished = new_model(args), file.with_name(f"{file.stem}-unfinished.pt")
+    history = train_stage(model, task, run, file=unfinished)
+    record = {"history": history, "model": model.state_dict()}
+    write_checkpoint(file, record)
+    unfinished.unlink(missing_ok=True)
     return record
 
 
-def run_sequence(run):
+def all_at_once(run):
+    """Multitask learning (Caruana 1997), often the upper target -> remedies for a stage of seg.
+
+        L = L_seg + L_det + L_cls
+
+    Whole training sets are replayed, each in proportion to its task's epochs: an image is seen
+    about as often as in its own stage.
+    """
+    args, remedies = run.args, []
+    for task, epochs in zip(TASKS[1:], args.epochs[1:]):
+        images = max(1, round(args.batch_size * epochs / args.epochs[0]))
+        replay = Replay(argparse.Namespace(**vars(args) | {"replay_batch": images}))
+        replay.weight["seg", task], replay.teaching["seg", task] = 1.0, 0.0
+        replay.buffer[task] = take(run.train[task].batch, slice(None), args.device)
+        remedies.append(replay)
+    return remedies
+
+
+def run_stages(run):
     """The protocol: for each stage train, measure every task, remember -> (model, history,
-    {text: what it sees in `examples`} after each stage)."""
-    args, remedies, history, strips = run.args, build(run.args), [], {}
+    {text: what it sees in `examples`} after each stage). Joint training has the first stage only.
+    """
+    args, history, strips = run.args, [], {}
+    joint = args.strategy == "joint"
+    tasks, remedies = (TASKS[:1], all_at_once(run)) if joint else (TASKS, build(args))
     model = new_model(args)
     if args.bn == "live":
-        model.free_batchnorm()
-    for stage, task in enumerate(TASKS):
-        print(f"Stage {stage + 1}: {task}", flush=True)
-        if stage == 0 and args.bn == "fixed":  # its own baseline
+        model.fix_batchnorm([])
+    for stage, task in enumerate(tasks):
+        print(f"Stage {stage + 1}: {'all at once' if joint else task}", flush=True)
+        if stage == 0 and args.bn == "fixed" and not joint:  # its own baseline
             alone = train_alone(task, run)
             model.load_state_dict(alone["model"])
             history += alone["history"]
@@ -440,34 +451,12 @@ def run_sequence(run):
         print(f"after stage {stage + 1}: "
               + ", ".join(f"{NAMES[t]} {history[-1][t]:.3f}" for t in TASKS), flush=True)
         strips[f"after Stage {stage + 1}"] = examples(run.val, run.classes, model)
-        if task != TASKS[-1]:
+        if task != tasks[-1]:
             start = time.perf_counter()
             for remedy in remedies:
                 remedy.remember(task, model, run.train[task])
             history[-1]["seconds"] += time.perf_counter() - start
     return model, history, strips
-
-
-def run_joint(run):
-    """Multitask learning (Caruana 1997), often the upper target -> as `run_sequence`.
-
-        L = L_seg + L_det + L_cls
-
-    One stage with the epochs and rates of Stage 1, in which whole training sets are replayed, each
-    in proportion to its task's epochs: an image is seen about as often as in its own stage.
-    """
-    args, others = run.args, []
-    for stage, task in list(enumerate(TASKS))[1:]:
-        images = max(1, round(args.batch_size * args.epochs[stage] / args.epochs[0]))
-        replay = Replay(argparse.Namespace(**vars(args) | {"replay_batch": images}))
-        replay.weight["seg", task], replay.teaching["seg", task] = 1.0, 0.0
-        replay.buffer[task] = take(run.train[task].batch, slice(None), args.device)
-        others.append(replay)
-    run.total -= args.epochs[1] + args.epochs[2]
-    model = new_model(args)
-    history = train_stage(model, "seg", run, others, file=Path(args.out) / "stage1.pt")
-    save_model(Path(args.out) / "model.pt", model, args.image_size, run.classes)
-    return model, history, {"all at once": examples(run.val, run.classes, model)}
 
 
 def finish(run, baselines, model, history, strips):
@@ -493,8 +482,6 @@ def finish(run, baselines, model, history, strips):
     strips["truth"] = examples(run.val, run.classes)
     draw_examples(strips, Path(args.out) / "predictions.png")
     write_json(Path(args.out) / "results.json", results)
-    for file in stages_of(args):
-        file.unlink()
     print(f"\n{show(results)}\nresults.json, model.pt and the pictures are in {args.out}")
     return results
 
@@ -506,45 +493,41 @@ def surroundings(args):
             torch.get_num_threads(), torch.__version__, torchvision.__version__, PIL.__version__]
 
 
-def stages_of(args):
-    return list(Path(args.out).glob("stage*.pt"))  # from which an interrupted run goes on
-
-
-def refuse_other(args, then, now):
-    other = ", ".join(key for key in now if key != "out" and then.get(key) != now[key])
-    if other:
-        raise UserError(f"--out {args.out}: holds a run with another {other}; name another folder, "
-                        "or delete that one.")
-
-
 def run(args):
     """One run of one seed -> its results. A finished one is not repeated, an interrupted one goes
-    on from the files of its finished stages; UserError if either had other arguments or data."""
-    this, started = Run(args), Path(args.out) / "args.json"
+    on from the files of its stages; UserError if either had other arguments or data."""
+    this, out = Run(args), Path(args.out)
     now = vars(args) | {"data": this.data}
-    if (Path(args.out) / "results.json").exists():
-        finished = load_run(args.out)
-        refuse_other(args, finished["args"] | {"data": finished["data"]["sha256"]}, now)
-        print(f"{args.out} is finished already (after a change of the code delete it to train "
-              f"anew):\n{show(finished)}")
-        return finished
-    try:
-        then = dict(json.loads(started.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        then = {}
-    if then and stages_of(args):
-        refuse_other(args, then, now)
+    stages, finished = list(out.glob("stage*.pt")), (out / "results.json").exists()
+    if finished:
+        results = load_run(out)
+        then = results["args"] | {"data": results["data"]["sha256"]}
+    else:
+        try:
+            then = dict(json.loads((out / "args.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):  # nothing there, or nothing readable
+            then = {}
+    other = ", ".join(key for key in now if key != "out" and then.get(key) != now[key])
+    if other and then and (finished or stages):
+        raise UserError(f"--out {out}: holds a run with another {other}; name another folder, or "
+                        "delete that one.")
+    if finished:
+        print(f"{out} is finished already (after a change of the code delete it to train anew):\n"
+              f"{show(results)}")
+        return results
     now["surroundings"] = [*this.surroundings, code_digest("forgetting")]
     if then.get("surroundings") != now["surroundings"]:  # another code: its stages are stale
-        for file in stages_of(args):
+        for file in stages:
             file.unlink()
-    try_folder(Path(args.out).parent / ".baselines")
-    write_json(started, now)
+    try_folder(out.parent / ".baselines")
+    write_json(out / "args.json", now)
     print(f"{args.strategy} on {args.data} at {args.image_size} px, seed {args.seed}, "
-          f"{args.device}; results go to {args.out}", flush=True)
+          f"{args.device}; results go to {out}", flush=True)
     baselines = {t: train_alone(t, this) for t in TASKS}
-    train_all = run_joint if args.strategy == "joint" else run_sequence
-    return finish(this, baselines, *train_all(this))
+    results = finish(this, baselines, *run_stages(this))
+    for file in out.glob("stage*.pt"):
+        file.unlink()
+    return results
 
 
 def benchmark(args):

@@ -29,8 +29,7 @@ TEMPERATURE = 2.0  # softens the classes that distillation compares (Li & Hoiem,
 
 
 def task_loss(task, out, target, box_loss="giou", conf_loss="bce"):
-    """The loss of one task -> scalar. out: what the model says, target: that of `data.augment`,
-    box_loss and conf_loss: see `det_loss`."""
+    """The loss of what the model says about one task -> scalar. target: that of `data.augment`."""
     if task == "seg":
         return seg_loss(out["seg"].float(), target["mask"])
     if task == "det":
@@ -39,10 +38,8 @@ def task_loss(task, out, target, box_loss="giou", conf_loss="bce"):
 
 
 def seg_loss(logits, mask):
-    """Mean cross-entropy over the pixels that are not 255, at the mask's size.
-
-    logits (B, 21, h, w), mask (B, H, W) -> scalar; 0, not NaN, if every pixel is ignored.
-    """
+    """logits (B, 21, h, w), mask (B, H, W) -> mean cross-entropy over the pixels that are not 255,
+    at the mask's size; 0, not NaN, if every pixel is ignored."""
     logits = logits.contiguous(memory_format=torch.channels_last)  # which the softmax likes
     logits = F.interpolate(logits, mask.shape[1:], mode="bilinear")  # (B, 21, H, W)
     total = F.cross_entropy(logits, mask, ignore_index=IGNORE, reduction="sum")
@@ -76,8 +73,7 @@ def giou_loss(boxes, others, eps=1e-7):
     """1 - GIoU of pairs of boxes, both (..., 4) xyxy -> (...) in [0, 2] (arXiv:1902.09630).
 
     GIoU = intersection / union - (hull - union) / hull, where hull is the area of the smallest box
-    around both: unlike IoU it has a gradient for boxes that do not touch. torchvision's function
-    would make a GPU wait in every step.
+    around both. torchvision's function would make a GPU wait in every step.
     """
     x1, y1, x2, y2 = boxes.unbind(-1)
     u1, v1, u2, v2 = others.unbind(-1)
@@ -119,12 +115,12 @@ def assign(boxes, labels, cells, radius=1.5):
 
 
 def det_loss(det, target, cells, box_loss="giou", conf_loss="bce"):
-    """Box, confidence and class loss of a batch: sums over cells, divided by max(1, number of
-    positive cells), so that they do not depend on how many objects a batch shows.
+    """det (B, N, 15) from the model, target {"boxes": (B, M, 4), "labels": (B, M)}, cells (N, 3)
+    -> scalar: box, confidence and class loss, summed over cells and divided by the number of
+    positive ones, so that it does not depend on how many objects a batch shows.
 
-    det (B, N, 15) from the model, target {"boxes": (B, M, 4), "labels": (B, M)}, cells (N, 3)
-    -> scalar. box_loss: "giou", or "smooth_l1" or "mse" of the four offsets t; conf_loss: "bce", or
-    "focal" with γ = 1, for soft targets (Li et al. 2020, arXiv:2006.04388, eq. 3).
+    box_loss: "giou", or "smooth_l1" or "mse" of the four offsets t; conf_loss: "bce", or "focal"
+    with γ = 1, for soft targets (Li et al. 2020, arXiv:2006.04388, eq. 3).
     """
     index = assign(target["boxes"], target["labels"], cells)  # (B, N)
     positive, index = index >= 0, index.clamp(min=0)

@@ -1,17 +1,8 @@
 """Remedies against forgetting, each a small class. `--strategy` names one, or several joined by +.
 
-    acts on     class      what it adds to the loss of a later stage
-    data        Replay     the old tasks' losses and the previous model's answers on stored images
-    weights     EWC        springs that hold the weights which the old tasks need
-    outputs     LwF        the distance to the previous model's answers on the new images
-    weights     Freeze     nothing: the backbone, or backbone and neck, stop learning
-    structure   Isolation  nothing: a new task gets channels of its own, old ones stop learning
-
-To add a remedy, write a class with those methods of `Remedy` that it needs, and enter it in REMEDIES
-before isolation; its flags, if any, go into `train.add_remedy_flags`, those with three values also
-into the first row of STRENGTHS. Autograd does the rest. MAS (arXiv:1711.09601), for instance, is
-EWC with another `importance`: the mean absolute gradient of the squared norm of the outputs (of
-detection: all but the boxes, which are pixels).
+To add one, write a class with those methods of `Remedy` that it needs, and enter it in REMEDIES
+before isolation. Its flags, if any, go into `train.add_settings`, and those with three values
+also into the first row of STRENGTHS. Autograd does the rest.
 """
 import argparse
 import random
@@ -115,11 +106,10 @@ class LwF(Remedy):
 
         L = L_new + Σ_old weight_old · D_old(outputs now, outputs of the previous model)
 
-    The previous model, as the last stage left it, teaches the old tasks on the images of the new
-    one: no image is stored. D is `losses.distance`. Li & Hoiem's warm-up of the new output rows
-    alone is left out. In the stage of classification, which itself reads the coarsest level alone,
-    both models see the images in half size: all levels in full size would take almost three times
-    as long as a plain step.
+    The previous model teaches the old tasks on the images of the new one: no image is stored. Li &
+    Hoiem's warm-up of the new output rows alone is left out. In the stage of classification, which
+    itself reads the coarsest level alone, both models see the images in half size: all levels in
+    full size would take almost three times as long as a plain step.
     """
 
     def __init__(self, args):
@@ -130,21 +120,17 @@ class LwF(Remedy):
         self.teacher = previous(model)
 
     def wants(self, task):
-        return () if task == "cls" else before(task)
+        return () if task == "cls" else TASKS[:TASKS.index(task)]
 
     def penalty(self, task, model, images, out):
-        if task == "seg":  # nothing to keep yet
+        old_tasks = TASKS[:TASKS.index(task)]
+        if not old_tasks:
             return 0.0
         if task == "cls":
             images = F.avg_pool2d(images, 2)  # (B, 3, S/2, S/2)
-            out = model(images, before(task))
-        taught = self.teacher(images, before(task))
-        return sum(self.weight[task, old] * distance(old, out, taught) for old in before(task))
-
-
-def before(task):
-    """The tasks of earlier stages."""
-    return TASKS[:TASKS.index(task)]
+            out = model(images, old_tasks)
+        taught = self.teacher(images, old_tasks)
+        return sum(self.weight[task, old] * distance(old, out, taught) for old in old_tasks)
 
 
 def previous(model):
@@ -158,9 +144,8 @@ class EWC(Remedy):
         L = L_new + Σ_old λ_old/2 Σ_i F_i (θ_i - θ*_i)²
 
     θ* are the weights at the end of the old task's stage, F the diagonal of its empirical Fisher
-    information, divided by its mean over all weights. That division is ours, not the paper's: the
-    mean differs thirtyfold between tasks and more than twofold between image sizes; with it, λ is
-    the mean stiffness of the springs.
+    information, divided by its mean: that is ours, not the paper's. The mean differs thirtyfold
+    between tasks; with the division λ is the mean stiffness of the springs.
     """
     stores_weights = True
 
@@ -175,9 +160,8 @@ class EWC(Remedy):
         self.terms[task] = fisher, flat(model.parameters()).detach()
 
     def importance(self, task, model, samples):
-        """1/n Σ_n (∂L(image n) / ∂θ)² -> a vector. One training image at a time (no square
-        of the mean gradient), augmented once, at its true labels, in eval mode.
-        An image is one observation, the task's own loss its negative log-likelihood."""
+        """1/n Σ_n (∂L(image n) / ∂θ)² -> a vector. One training image at a time (no square of the
+        mean gradient), augmented once, at its true labels, in eval mode."""
         fisher = torch.zeros_like(flat(model.parameters()))
         stored = take(samples.batch, slice(None), self.args.device)
         model.eval()
@@ -208,8 +192,8 @@ class Freeze(Remedy):
 
         θ_backbone (with `--freeze neck` θ_neck too) of Stages 2 and 3 = that of Stage 1
 
-    BatchNorm statistics stop as well, under `--bn live` too: weights that are frozen below
-    statistics that move protect nothing.
+    BatchNorm statistics stop as well, even under `--bn live`: while they move, frozen weights
+    protect nothing.
     """
 
     def remember(self, task, model, samples):
@@ -227,12 +211,13 @@ class Isolation(Remedy):
 
     Old and new channels do not read each other (see `OneHead.widen`): those papers let new ones
     read the old, which gained nothing here. θ_shared is the backbone: `--shared-lr` slows or stops
-    it, other remedies may hold it. It is still one convolution after another, only wider.
+    it, other remedies may hold it.
     """
 
     def remember(self, task, model, samples):
         stage = TASKS.index(task) + 1  # the next one, from 0
         torch.manual_seed(self.args.seed)  # what ran before leaves no trace
+        model.held = []  # a stage without channels of its own trains all that there are
         if self.args.own_channels[stage]:
             model.widen(self.args.own_channels[stage], TASKS[:stage])
 
@@ -243,15 +228,16 @@ REMEDIES = {"replay": Replay, "ewc": EWC, "lwf": LwF, "freeze": Freeze, "isolati
 
 def strategy(text):
     """The type of `--strategy`: none, joint, or names of REMEDIES joined by +, in any order."""
-    names = text.split("+")
-    known = text in ("none", "joint") or set(names) <= set(REMEDIES)
-    if not known or len(set(names)) < len(names):
+    if text in ("none", "joint"):
+        return text
+    names = [name for name in REMEDIES if name in text.split("+")]
+    if len(names) != len(text.split("+")):
         raise argparse.ArgumentTypeError(f"{text}: choose none, joint, or any of "
                                          f"{', '.join(REMEDIES)}, each once, joined by +")
     if "isolation" in names and any(REMEDIES[name].stores_weights for name in names):
         raise argparse.ArgumentTypeError(f"{text}: isolation widens the network, and stored "
                                          "weights do not fit any more; leave it out")
-    return "+".join(sorted(names, key=[*REMEDIES, *names].index))
+    return "+".join(names)
 
 
 def build(args):

@@ -4,9 +4,8 @@
              (backbone)          (neck)  (the one head, shared   |- [21:36]  box, confidence, class
                                           by all FPN levels)     +- [36:46]  classification logits
 
-The head is a single branch: one convolution emits all 46 channels of a cell at once. It is applied
-to every level of the pyramid with the same weights, as FCOS and RetinaNet share theirs
-(arXiv:1904.01355, 1708.02002). Other backbones and necks stand in two tables.
+The head is a single branch: one convolution emits all 46 channels of a cell at once. Every level of
+the pyramid gets the same one, as in FCOS and RetinaNet (arXiv:1904.01355, 1708.02002).
 """
 import io
 from functools import cache
@@ -14,9 +13,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrize
-from torchvision.models import (EfficientNet_B0_Weights, MobileNet_V3_Small_Weights,
-                                efficientnet_b0, mobilenet_v3_small)
+from torchvision import models
 from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.ops import Conv2dNormActivation as ConvNorm  # convolution, BatchNorm, ReLU
 from torchvision.ops import FeaturePyramidNetwork, batched_nms
@@ -82,17 +79,16 @@ def resize(x, size):
 
 
 # Constructor, tapped blocks of its `features` (finest first), ImageNet weights. Another one is one
-# more entry; MobileNetV3-Large, for instance (import its two names from torchvision.models):
-#     "mobilenet_v3_large": (mobilenet_v3_large, (6, 12, 16),
-#                            MobileNet_V3_Large_Weights.IMAGENET1K_V2),
+# more entry; for models.mobilenet_v3_large, for instance, with the blocks (6, 12, 16).
 # Block 8 of MobileNetV3-Small is its last one at stride 16, two deeper than the challenge's 6.
 BACKBONES = {
-    "mobilenet_v3_small": (mobilenet_v3_small, (3, 8, 12),
-                           MobileNet_V3_Small_Weights.IMAGENET1K_V1),
-    "efficientnet_b0": (efficientnet_b0, (3, 5, 8), EfficientNet_B0_Weights.IMAGENET1K_V1),
+    "mobilenet_v3_small": (models.mobilenet_v3_small, (3, 8, 12),
+                           models.MobileNet_V3_Small_Weights.IMAGENET1K_V1),
+    "efficientnet_b0": (models.efficientnet_b0, (3, 5, 8),
+                        models.EfficientNet_B0_Weights.IMAGENET1K_V1),
     "fast_scnn": (FastSCNN, (1,), None)}
 
-# -- Necks and heads
+# -- Necks and the head
 # Constructors for the tapped maps' channels, finest first, and the neck's width. The FPN makes a
 # level of each map, the others make one of the last map.
 NECKS = {"fpn": FeaturePyramidNetwork,
@@ -102,24 +98,13 @@ NECKS = {"fpn": FeaturePyramidNetwork,
          "none": lambda channels, width: nn.Identity()}
 
 
-def make_head(into, hidden, layers):
-    """Hidden layer, ReLU, output layer. Of three layers two are the hidden one, with BatchNorm."""
-    first = nn.Conv2d(into, hidden, 3, padding=1)
-    if layers == 3:
-        first = nn.Sequential(ConvNorm(into, hidden, 3),
-                              ConvNorm(hidden, hidden, 3, activation_layer=None))
-    return nn.Sequential(first, nn.ReLU(), nn.Conv2d(hidden, 46, 1))
-
-
 class OneHead(nn.Module):
     """Backbone + neck + a head that emits all three tasks.
 
     backbone, neck: names in BACKBONES and NECKS; taps: the backbone's blocks that feed the neck,
     finest first (default: those in the table); width, hidden: channels of neck and hidden layer;
     head_layers: 2 or 3; head_stride: the stride of the one map that the head reads (default: every
-    level of the neck). Three levels give large objects a coarse grid of their own.
-    OneHead(taps=(3, 6, 12), head_stride=8) is the challenge's reference configuration with
-    1,605,582 parameters. Raises UserError if the backbone lacks a tap or the FPN the stride.
+    level of the neck). Raises UserError if the backbone lacks a tap or the FPN the stride.
     """
 
     def __init__(self, backbone="mobilenet_v3_small", taps=None, neck="fpn", width=128, hidden=128,
@@ -134,6 +119,7 @@ class OneHead(nn.Module):
         self.arch = {"backbone": backbone, "taps": taps, "neck": neck, "width": width,
                      "hidden": hidden, "head_layers": head_layers, "head_stride": head_stride}
         self.fixed = set()  # names of the BatchNorm layers that `fix_batchnorm` stopped
+        self.held = []  # what `hold` keeps in this stage: (parameter, where it is held, its values)
         with torch.no_grad():  # channels and strides are read off a dummy image; eval: BN unmoved
             maps = self.eval().backbone(torch.zeros(1, 3, 64, 64))
         channels = [m.shape[1] for m in maps]
@@ -146,7 +132,12 @@ class OneHead(nn.Module):
         if head_layers == 3 and len(self.strides) > 1:
             raise UserError("--head-layers 3: its BatchNorm needs one map; give a --head-stride.")
         self.neck = NECKS[neck](channels, width)
-        self.head = make_head(channels[-1] if neck == "none" else width, hidden, head_layers)
+        into = channels[-1] if neck == "none" else width
+        first = nn.Conv2d(into, hidden, 3, padding=1)
+        if head_layers == 3:
+            first = nn.Sequential(ConvNorm(into, hidden, 3),
+                                  ConvNorm(hidden, hidden, 3, activation_layer=None))
+        self.head = nn.Sequential(first, nn.ReLU(), nn.Conv2d(hidden, 46, 1))
         nn.init.normal_(self.head[2].weight, std=0.01)
         nn.init.zeros_(self.head[2].bias)
         with torch.no_grad():  # sigmoid(bias) = PRIOR: thousands of empty cells must not drown
@@ -180,12 +171,10 @@ class OneHead(nn.Module):
         return self.head(mean.expand(-1, -1, 3, 3))[..., 1:2, 1:2]
 
     def forward(self, images, tasks=("seg", "det", "cls")):
-        """images (B, 3, H, W), normalised -> a dict with the outputs of `tasks`. By default (where
-        the head reads a single map, that one is all):
+        """images (B, 3, H, W), normalised -> a dict with the outputs of `tasks`:
 
         seg    logits (B, 21, H/8, W/8), the sum over all levels, from the finest, which sees the
-               outlines, to a single cell for the whole scene, the mean of the coarsest level
-               (ParseNet, arXiv:1506.04579); whoever needs another size upsamples
+               outlines, to a single cell for the whole scene (ParseNet, arXiv:1506.04579)
         det    (B, N, 15) = x1, y1, x2, y2 in input pixels, confidence logit, 10 class logits: one
                row for each cell of every level
         cells  (N, 3), comes with det: x, y of each row's cell and its stride, in input pixels
@@ -203,8 +192,7 @@ class OneHead(nn.Module):
             if len(levels) > 1:
                 out["seg"] = self.scene(levels[-1])[:, SEG] + out["seg"]
         if "det" in tasks:
-            rows = torch.cat([m[:, DET].flatten(2) for m in outputs], 2)  # (B, 15, N)
-            rows = rows.transpose(1, 2)
+            rows = torch.cat([m[:, DET].flatten(2).mT for m in outputs], 1)  # (B, N, 15)
             out["cells"] = cells(*images.shape[-2:], tuple(self.strides), images.device)  # (N, 3)
             boxes = decode(rows[..., :4], out["cells"])  # (B, N, 4)
             out["det"] = torch.cat([boxes, rows[..., 4:]], 2)  # (B, N, 15)
@@ -216,12 +204,9 @@ class OneHead(nn.Module):
         return {name: m for name, m in self.named_modules() if isinstance(m, nn.BatchNorm2d)}
 
     def fix_batchnorm(self, names=None):
-        """Keeps these BatchNorm layers (default: all) and no others in eval mode, after every
-        .train() too.
-
-        Their statistics describe the data they were learned on; left live, a later stage's images
-        overwrite them, and every old output moves even if all weights are frozen.
-        """
+        """Keeps these BatchNorm layers (default: all) and no others in eval mode from now on. Left
+        live, their statistics follow a later stage's images, and every old output moves even if
+        all weights are frozen."""
         self.fixed = set(self.batchnorms() if names is None else names)
         self.train(self.training)
 
@@ -235,46 +220,33 @@ class OneHead(nn.Module):
         """Gives neck and hidden layer `extra` channels more, for the tasks to come.
 
         New channels, and the output rows of tasks not in `learned`, read the backbone and new
-        channels; old channels and old rows read the backbone and old channels, and are held. From
-        then on old outputs stay bit-identical, whatever is learned, as long as the backbone stands
-        still.
+        channels; old ones read the backbone and old channels, and are held: their outputs stay
+        bit-identical, whatever is learned, as long as the backbone stands still.
         """
+        self.held = []
         old = list(range(self.arch["width"]))
         for block in self.neck.inner_blocks:
-            add_channels(block[0], 0, extra, old)
+            self.held += add_channels(block[0], 0, extra, old)
         for block in self.neck.layer_blocks:
-            add_channels(block[0], extra, extra, old)
-        add_channels(self.head[0], extra, extra, list(range(self.arch["hidden"])))
+            self.held += add_channels(block[0], extra, extra, old)
+        self.held += add_channels(self.head[0], extra, extra, list(range(self.arch["hidden"])))
         rows = [row for task in learned for row in range(46)[ROWS[task]]]
-        add_channels(self.head[2], extra, 0, rows)
+        self.held += add_channels(self.head[2], extra, 0, rows)
         self.arch["width"] += extra
         self.arch["hidden"] += extra
 
-    def release(self):
-        """Makes what is held ordinary weights again, as files and a stage that shares them want."""
-        for layer in self.modules():
-            if parametrize.is_parametrized(layer):
-                parametrize.remove_parametrizations(layer, "weight")
-                parametrize.remove_parametrizations(layer, "bias")
-
-
-class Held(nn.Module):
-    """A parametrization: where `held` is True, a weight or bias keeps its value, whatever is
-    learned. A gradient of 0 would not do: AdamW's decay moves weights without any."""
-
-    def __init__(self, value, held):
-        super().__init__()
-        self.register_buffer("value", value.detach().clone())
-        self.register_buffer("held", held)
-
-    def forward(self, learned):
-        return torch.where(self.held, self.value, learned)
+    @torch.no_grad()
+    def hold(self):
+        """Undoes what a step did to held values. A gradient of 0 would not do: AdamW's decay moves
+        weights without any."""
+        for parameter, held, values in self.held:
+            parameter.copy_(torch.where(held, values, parameter))
 
 
 def add_channels(conv, inputs, outputs, old):
-    """Adds inputs and outputs to a convolution, in place, as two blocks that do not meet: the rows
-    `old` read old inputs and are held, all others start afresh (as PyTorch starts a convolution) on
-    new inputs or, where there are none, on the backbone. Weights between the blocks stay 0."""
+    """Adds inputs and outputs to a convolution, in place, as two blocks that do not meet -> what is
+    held, as in `OneHead.held`: the rows `old`, which read old inputs. All others start afresh (as
+    PyTorch starts a convolution) on new inputs or, where there are none, on the backbone."""
     out, into = conv.weight.shape[:2]
     new = [row for row in range(out + outputs) if row not in old]
     fresh = nn.Conv2d(inputs or into, len(new), conv.kernel_size)
@@ -285,13 +257,12 @@ def add_channels(conv, inputs, outputs, old):
         weight[old, :into] = conv.weight[old]
         weight[new, -fresh.in_channels:] = fresh.weight.to(weight.device)
         bias[:out] = conv.bias
-    hold_weight = torch.ones_like(weight, dtype=torch.bool)
-    hold_weight[new, -fresh.in_channels:] = False
-    hold_bias = torch.tensor([row in old for row in range(out + outputs)], device=bias.device)
     conv.out_channels, conv.in_channels = weight.shape[:2]
-    for name, value, held in (("weight", weight, hold_weight), ("bias", bias, hold_bias)):
-        setattr(conv, name, nn.Parameter(value))
-        parametrize.register_parametrization(conv, name, Held(value, held))
+    conv.weight, conv.bias = nn.Parameter(weight), nn.Parameter(bias)
+    held_weight, held_bias = (torch.ones_like(p, dtype=torch.bool) for p in (weight, bias))
+    held_weight[new, -fresh.in_channels:] = False
+    held_bias[new] = False
+    return [(conv.weight, held_weight, weight.clone()), (conv.bias, held_bias, bias.clone())]
 
 
 @cache
@@ -318,6 +289,14 @@ def decode(t, cells):
     return torch.cat([centre - half, centre + half], -1)
 
 
+def encode(boxes, cells):
+    """The inverse of `decode` for boxes that have a width and a height."""
+    xy, stride = cells[..., :2], cells[..., 2:]
+    centre = (boxes[..., :2] + boxes[..., 2:]) / 2  # (..., 2)
+    size = (boxes[..., 2:] - boxes[..., :2]).clamp(min=1e-3)  # (..., 2): no logarithm of 0
+    return torch.cat([(centre - xy) / stride, (size / (4 * stride)).log()], -1)
+
+
 def detections(rows, floor=0.01, candidates=2000, iou=0.6, most=100):
     """One image's rows (N, 15) -> boxes (K, 4), scores (K,) in (0, 1], labels (K,), best first.
 
@@ -333,34 +312,23 @@ def detections(rows, floor=0.01, candidates=2000, iou=0.6, most=100):
     return boxes[keep], best[keep], labels[keep]
 
 
-def encode(boxes, cells):
-    """The inverse of `decode` for boxes that have a width and a height."""
-    xy, stride = cells[..., :2], cells[..., 2:]
-    centre = (boxes[..., :2] + boxes[..., 2:]) / 2  # (..., 2)
-    size = (boxes[..., 2:] - boxes[..., :2]).clamp(min=1e-3)  # (..., 2): no logarithm of 0
-    return torch.cat([(centre - xy) / stride, (size / (4 * stride)).log()], -1)
-
-
 # -- Weights and files
 def load_weights(model, weights):
     """Fills the backbone from "imagenet" (torchvision's weights), "none", or a file: a state dict
     with keys `features.*`, or a model.pt. Its BatchNorm layers are fixed. Raises UserError if the
     file is unreadable or of another backbone, or the download fails."""
-    backbone = model.arch["backbone"]
+    backbone, imagenet = model.arch["backbone"], weights == "imagenet"
     _, _, pretrained = BACKBONES[backbone]
     if weights == "none":
         return
-    if weights != "imagenet":
-        state = read_checkpoint(weights)
-        state = state.get("model", state)
-    elif pretrained is None:
+    if imagenet and pretrained is None:
         raise UserError(f"--weights imagenet: {backbone} has none; pass a file or none.")
-    else:
-        try:
-            state = pretrained.get_state_dict(check_hash=True)
-        except (OSError, RuntimeError) as e:
-            raise UserError(f"The ImageNet weights could not be downloaded ({e}): try again, pass "
-                            "a file as --weights PATH, or start from scratch with --weights none.")
+    try:
+        state = pretrained.get_state_dict(check_hash=True) if imagenet else read_checkpoint(weights)
+    except (OSError, RuntimeError) as e:
+        raise UserError(f"The ImageNet weights could not be downloaded ({e}): try again, pass "
+                        "a file as --weights PATH, or start from scratch with --weights none.")
+    state = state.get("model", state)
     try:
         model.features.load_state_dict({key.removeprefix("features."): value
                                         for key, value in state.items()

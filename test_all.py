@@ -1215,7 +1215,6 @@ def test_new_channels_change_no_output_of_learned_tasks(trained_model, tiny_run)
     images, _ = augmented(tiny_run, "seg")
     before = trained_model.eval()(images)
     trained_model.widen(32, ["seg"])
-    trained_model.release()
     trained_model.widen(32, ["seg", "cls"])
     after = trained_model(images)
     torch.testing.assert_close(after["seg"], before["seg"], rtol=1e-4, atol=1e-4)
@@ -1227,7 +1226,6 @@ def test_old_outputs_are_bit_identical_after_a_stage_with_own_channels(trained_m
     trained_model.widen(32, ["seg"])
     before = trained_model.eval()(images)
     train.train_stage(trained_model, "det", tiny_run, shared_lr=0.0)
-    trained_model.release()
     after = trained_model.eval()(images)
     assert torch.equal(before["seg"], after["seg"])
     assert not torch.equal(before["det"], after["det"])
@@ -1238,7 +1236,6 @@ def test_old_channels_and_rows_are_held_and_read_no_new_ones_nor_are_read(traine
     trained_model.widen(32, ["seg"])
     start = trained_model.head[0].weight.detach().clone()
     train.train_stage(trained_model, "det", tiny_run, shared_lr=0.0)
-    trained_model.release()
     hidden, last = trained_model.head[0].weight, trained_model.head[2].weight
     assert torch.equal(hidden[:128, :128], before["head.0.weight"])
     assert torch.equal(last[SEG, :128], before["head.2.weight"][SEG])
@@ -1250,7 +1247,6 @@ def test_old_channels_and_rows_are_held_and_read_no_new_ones_nor_are_read(traine
 def test_a_widened_model_comes_back_whole(trained_model, tmp_path):
     for learned in (["seg"], ["seg", "det"]):
         trained_model.widen(32, learned)
-        trained_model.release()
     save_model(tmp_path / "model.pt", trained_model, 64, {})
     again, *_ = load_model(tmp_path / "model.pt")
     assert all_equal(copies(trained_model.state_dict().items()), again.state_dict().items())

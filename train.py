@@ -21,10 +21,7 @@ except ImportError:  # on Windows
     resource = None
 
 import numpy as np
-import PIL
 import torch
-import torchvision
-from torch.nn.utils import parametrize
 
 from data import (FOLDERS, TASKS, MiniSet, UserError, augment, command, take, try_folder,
                   write_shapes)
@@ -41,19 +38,20 @@ RECIPES = {"shapes": dict(weights="none", image_size=128, epochs=[20, 20, 16],
            "photos": dict(weights="imagenet", image_size=320, epochs=[20, 20, 15],
                           lr=[1e-3, 1e-3, 1e-3], trunk_lr=[0.05, 0.2, 0.05], batch_size=8)}
 # Five published systems (see .assets/reports.md) as flags; what they leave open stays as it is
-REPORTS = [
-    dict(strategy="replay+ewc+freeze", taps=[12], neck="conv2", width=256, epochs=[5, 5, 5],
-         box_loss="mse", replay_tasks=["seg"], replay_weight=[1, 1, 0], replay_teacher=[0, 0, 0],
-         ewc_lambda=[5, 0, 0]),
-    dict(strategy="replay", backbone="fast_scnn", neck="none", weights="none",
-         trunk_lr=[1.0, 1.0, 1.0], replay_weight=[1, 1, 1], replay_teacher=[0, 0, 0]),
-    dict(strategy="replay", taps=[3, 6, 12], head_stride=8, epochs=[20, 20, 20], box_loss="mse",
-         replay_tasks=["seg"], replay_batch=4, replay_weight=[0.8, 0.8, 0],
-         replay_teacher=[0, 0, 0]),
-    dict(strategy="ewc", taps=[12], neck="none", head_layers=3, epochs=[30, 30, 15],
-         lr=[5e-4, 5e-4, 1e-4], box_loss="smooth_l1", ewc_lambda=[3, 5, 5]),
-    dict(strategy="ewc", taps=[12], neck="conv1x1", width=160, hidden=160, head_stride=16,
-         epochs=[10, 40, 10], box_loss="smooth_l1", conf_loss="focal", conf_warmup=10)]
+REPORTS = {
+    None: {},
+    0: dict(strategy="replay+ewc+freeze", taps=[12], neck="conv2", width=256, epochs=[5, 5, 5],
+            box_loss="mse", replay_tasks=["seg"], replay_weight=[1, 1, 0],
+            replay_teacher=[0, 0, 0], ewc_lambda=[5, 0, 0]),
+    1: dict(strategy="replay", backbone="fast_scnn", neck="none", weights="none",
+            trunk_lr=[1.0, 1.0, 1.0], replay_weight=[1, 1, 1], replay_teacher=[0, 0, 0]),
+    2: dict(strategy="replay", taps=[3, 6, 12], head_stride=8, epochs=[20, 20, 20],
+            box_loss="mse", replay_tasks=["seg"], replay_batch=4, replay_weight=[0.8, 0.8, 0],
+            replay_teacher=[0, 0, 0]),
+    3: dict(strategy="ewc", taps=[12], neck="none", head_layers=3, epochs=[30, 30, 15],
+            lr=[5e-4, 5e-4, 1e-4], box_loss="smooth_l1", ewc_lambda=[3, 5, 5]),
+    4: dict(strategy="ewc", taps=[12], neck="conv1x1", width=160, hidden=160, head_stride=16,
+            epochs=[10, 40, 10], box_loss="smooth_l1", conf_loss="focal", conf_warmup=10)}
 NETWORK = ("backbone", "taps", "neck", "width", "hidden", "head_layers", "head_stride")  # flags
 SHAPES_DIR = ".shapes/v1"  # drawn on first use
 WEIGHT_DECAY = 0.01
@@ -82,26 +80,33 @@ class OneOrThree(argparse.Action):
 THREE = {"nargs": "+", "action": OneOrThree, "metavar": "X"}
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Ends a flag's help with its default, unless that depends on data and strategy: None."""
+
+    def _get_help_string(self, action):
+        known = action.default not in (None, argparse.SUPPRESS)
+        return action.help + " (default: %(default)s)" * known
+
+
 def make_parser():
     tables = [f"  {row:34}" + ", ".join(f"{flag} {value}" for flag, value in values.items())
               for row, values in (RECIPES | STRENGTHS).items()]
     parser = argparse.ArgumentParser(
-        usage="python train.py [--flag VALUE ...]",
-        description=__doc__, epilog="\n".join(["other defaults, by data and strategy:", *tables]),
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 30))
+        usage="python train.py [--flag VALUE ...]", description=__doc__, formatter_class=Help,
+        epilog="\n".join(["other defaults, by data and strategy:", *tables]))
     add = parser.add_argument_group("the run").add_argument
-    add("--strategy", type=strategy, default="replay", metavar="NAME", help="against forgetting: "
-        f"none, any of {', '.join(REMEDIES)} joined by +, or joint: all tasks at once (default: "
-        "%(default)s; on photos use replay+lwf+isolation)")
+    add("--strategy", type=strategy, default="replay", help="against forgetting: none, any of "
+        f"{', '.join(REMEDIES)} joined by +, or joint: all tasks at once; on photos use "
+        "replay+lwf+isolation")
     add("--data", help="folder of the mini-sets, or 'shapes' (default: data/ if it is prepared)")
     add("--out", help="folder of the run (default: runs/[reportN-]STRATEGY-seedN; several seeds "
         "append -seedN); of --predict the folder, of --eval and --benchmark the JSON file to write")
-    add("--seed", type=numbers(0, 2**32, int), nargs="+", default=[0], metavar="N", help="fixes "
-        "everything random; several make a run each (default: 0)")
-    add("--device", choices=DEVICES, default=DEVICES[-1], help="(default: %(default)s)")
-    add("--eval-every", type=numbers(0, kind=int), default=5, metavar="N", help="epochs between "
-        "measurements, for curves.png; 0: only at a stage's end (default: %(default)s)")
-    add("--report", type=int, choices=range(len(REPORTS)), help="the flags of a published system, "
+    add("--seed", type=numbers(0, 2**32, int), nargs="+", default=[0],
+        help="fixes everything random; several make a run each")
+    add("--device", choices=DEVICES, default=DEVICES[-1], help="where to compute")
+    add("--eval-every", type=numbers(0, kind=int), default=5,
+        help="epochs between measurements, for curves.png; 0: only at a stage's end")
+    add("--report", type=int, choices=range(5), help="the flags of a published system, "
         "see .assets/reports.md; flags given besides override them")
     group = parser.add_argument_group("instead of training")
     add = group.add_mutually_exclusive_group().add_argument
@@ -110,71 +115,54 @@ def make_parser():
         "photos or folders of them; writes annotated copies and JSON")
     add("--benchmark", action="store_true", help="measure size and speed on this machine")
     group.add_argument("--tasks", nargs="+", choices=[*TASKS, "all"], default=["all"],
-                       metavar="TASK", help="which --eval measures: seg, det, cls (default: all)")
-    add_network_flags(parser.add_argument_group("network").add_argument)
-    group = parser.add_argument_group("training (one value, or three: seg det cls)")
-    add_recipe_flags(group.add_argument)
-    group = parser.add_argument_group("remedies (one value, or three: seg in Stage 2, seg in Stage 3, "
-                                      "det in Stage 3)")
-    add_remedy_flags(group.add_argument)
+                       help="which --eval measures")
+    add_settings(parser)
     return parser
 
 
-def add_network_flags(add):
-    add("--backbone", choices=BACKBONES, default="mobilenet_v3_small", metavar="NAME",
-        help=f"{', '.join(BACKBONES)} (default: %(default)s)")
-    add("--taps", type=numbers(0, kind=int), nargs="+", metavar="N", help="blocks of the "
-        "backbone that feed the neck, finest first (default: those in model.BACKBONES)")
-    add("--neck", choices=NECKS, default="fpn", metavar="NAME",
-        help=f"{', '.join(NECKS)} (default: %(default)s)")
-    add("--width", type=numbers(1, 1024, int), default=128, metavar="N",
-        help="channels of the neck (default: %(default)s)")
-    add("--hidden", type=numbers(1, 1024, int), default=128, metavar="N",
-        help="channels of the head's hidden layer (default: %(default)s)")
-    add("--head-layers", type=int, choices=[2, 3], default=2,
-        help="3: two hidden ones, with BatchNorm (default: %(default)s)")
+def add_settings(parser):
+    """The flags that a published system or an experiment of one's own may change."""
+    add = parser.add_argument_group("network").add_argument
+    add("--backbone", choices=BACKBONES, default="mobilenet_v3_small", help="makes features")
+    add("--taps", type=numbers(0, kind=int), nargs="+", help="blocks of the backbone that feed the "
+        "neck, finest first (default: those in model.BACKBONES)")
+    add("--neck", choices=NECKS, default="fpn", help="brings features to one width")
+    add("--width", type=numbers(1, 1024, int), default=128, help="channels of the neck")
+    add("--hidden", type=numbers(1, 1024, int), default=128, help="of the head's hidden layer")
+    add("--head-layers", type=int, choices=[2, 3], default=2, help="3: two hidden, with BatchNorm")
     add("--head-stride", type=int, choices=[8, 16, 32],
         help="of the one map that the head reads (default: every level of the neck)")
 
-
-def add_recipe_flags(add):
-    add("--weights", help="imagenet, none, or a file")
-    add("--image-size", type=numbers(32, 4096, int), metavar="PIXELS",
-        help="side of the square images, a multiple of 32")
+    add = parser.add_argument_group("training (X: one value, or three: seg det cls)").add_argument
+    add("--weights", help="of the backbone: imagenet, none, or a file")
+    add("--image-size", type=numbers(32, 4096, int), help="pixels a side, a multiple of 32")
     add("--epochs", **THREE, type=numbers(1, kind=int), help="of each stage")
     add("--lr", **THREE, type=numbers(1e-9), help="peak learning rate of neck and head")
     add("--trunk-lr", **THREE, type=numbers(0), help="the backbone's share of it")
-    add("--batch-size", type=numbers(1, kind=int), metavar="N", help="images a step")
-    add("--box-loss", choices=["giou", "smooth_l1", "mse"], default="giou", metavar="NAME",
-        help="of detection: giou, or smooth_l1 or mse of the offsets (default: %(default)s)")
-    add("--conf-loss", choices=["bce", "focal"], default="bce",
-        help="of detection; focal has gamma 1 (default: %(default)s)")
-    add("--conf-warmup", type=numbers(0, kind=int), default=0, metavar="N",
-        help="epochs of bce before focal (default: %(default)s)")
-    add("--bn", choices=["fixed", "live"], default="fixed", help="live: BatchNorm statistics "
-        "follow every stage's images, which forgets (default: %(default)s)")
+    add("--batch-size", type=numbers(1, kind=int), help="images a step")
+    add("--box-loss", choices=["giou", "smooth_l1", "mse"], default="giou",
+        help="of detection: of the box, or two of its offsets")
+    add("--conf-loss", choices=["bce", "focal"], default="bce", help="of detection; gamma is 1")
+    add("--conf-warmup", type=numbers(0, kind=int), default=0, help="epochs of bce before focal")
+    add("--bn", choices=["fixed", "live"], default="fixed",
+        help="live: BatchNorm statistics follow every stage's images, which forgets")
 
-
-def add_remedy_flags(add):
-    add("--replay-images", type=numbers(1, 10, int), default=10, metavar="N",
-        help="stored images per old task; the rules allow 10 (default: %(default)s)")
-    add("--replay-tasks", nargs="+", choices=TASKS[:2], default=["seg", "det"], metavar="TASK",
-        help="old tasks to replay: seg, det (default: both)")
-    add("--replay-batch", type=numbers(1, kind=int), metavar="N",
-        help="stored images per old task in a step")
-    add("--replay-weight", **THREE, type=numbers(0),
-        help="weight of an old task's loss on stored images")
-    add("--replay-teacher", **THREE, type=numbers(0),
-        help="weight of the distance to old outputs on stored images")
-    add("--lwf-weight", **THREE, type=numbers(0),
-        help="weight of the distance to old outputs on new images")
+    add = parser.add_argument_group("remedies (X: one value, or three: of seg in Stage 2, seg in "
+                                    "Stage 3, det in Stage 3)").add_argument
+    add("--replay-images", type=numbers(1, 10, int), default=10, help="stored per old task")
+    add("--replay-tasks", nargs="+", choices=TASKS[:2], default=["seg", "det"],
+        help="old tasks to replay")
+    add("--replay-batch", type=numbers(1, kind=int), help="stored images per old task in a step")
+    add("--replay-weight", **THREE, type=numbers(0), help="weight of their labels")
+    add("--replay-teacher", **THREE, type=numbers(0), help="weight of old answers on them")
+    add("--lwf-weight", **THREE, type=numbers(0), help="weight of old answers on new images")
     add("--ewc-lambda", **THREE, type=numbers(0), help="mean stiffness of the springs")
     add("--own-channels", **THREE, type=numbers(0, 512, int), help="of each stage: channels that "
-        "`isolation` adds before it (none before Stage 1); with 0 it trains all that there are")
+        "`isolation` adds before it (none before the first); with 0 it trains all that there are")
     add("--shared-lr", **THREE, type=numbers(0), help="of each stage but the first: share of --lr "
         "for all but the output layer, or for the backbone alone if the stage has own channels")
-    add("--freeze", choices=["trunk", "neck"], default="trunk", help="what `freeze` holds after "
-        "Stage 1: the backbone, or backbone and neck (default: %(default)s)")
+    add("--freeze", choices=["trunk", "neck"], default="trunk",
+        help="what `freeze` holds after Stage 1: the backbone, or backbone and neck")
 
 
 def defaults_for(args):
@@ -182,28 +170,21 @@ def defaults_for(args):
     strengths of the remedies on the strategy and the initial weights."""
     recipe = RECIPES["shapes" if args.data == SHAPES_DIR else "photos"]
     strengths = default_strengths(args.strategy, args.weights or recipe["weights"])
-    report = REPORTS[args.report] if args.report is not None else {}
-    return vars(make_parser().parse_args([])) | recipe | strengths | report
+    return vars(make_parser().parse_args([])) | recipe | strengths | REPORTS[args.report]
 
 
 def parse(argv):
     parser = make_parser()
+    parser.set_defaults(**REPORTS[parser.parse_args(argv).report])  # other flags override them
     args = parser.parse_args(argv)
-    if args.report is not None:
-        parser.set_defaults(**REPORTS[args.report])
-        args = parser.parse_args(argv)
-    if args.strategy == "joint" and (args.conf_warmup or args.bn == "live"):
-        parser.error("--strategy joint: has neither --conf-warmup nor --bn live")
     if "isolation" in args.strategy and (args.neck, args.head_layers) != ("fpn", 2):
         parser.error("--strategy: isolation widens an FPN and a head of two layers, no others")
     if args.image_size and args.image_size % 32:
         parser.error(f"--image-size {args.image_size}: must be a multiple of 32, the last stride")
-    out = Path(args.out or "")
-    if args.eval or args.benchmark:
-        if args.out and (out.suffix != ".json" or out.is_dir()):
-            parser.error(f"--out {out}: must be a .json file, but is not; name another")
-    elif out.is_file():
-        parser.error(f"--out {out}: must be a folder, but is not; name another")
+    out, to_json = Path(args.out or ""), args.eval or args.benchmark
+    wrong = out.suffix != ".json" or out.is_dir() if to_json else out.is_file()
+    if args.out and wrong:
+        parser.error(f"--out {out}: must be a {'.json file' if to_json else 'folder'}, but is not")
     if not args.predict:
         args.data = find_data(args.data)
     for name, value in defaults_for(args).items():
@@ -214,14 +195,14 @@ def parse(argv):
 
 def find_data(name):
     """The folder to train on. None: data/ if prepared, else the shapes, drawn on first use."""
-    if name is None and all((Path("data") / folder).is_dir() for folder in FOLDERS.values()):
-        return "data"
-    if name not in (None, "shapes", SHAPES_DIR):
+    if name is None:
+        if all((Path("data") / folder).is_dir() for folder in FOLDERS.values()):
+            return "data"
+        print("*** No photos in data/: using built-in SHAPES. For photos run data.py first. ***")
+    elif name not in ("shapes", SHAPES_DIR):
         if not Path(name).is_dir():
             raise UserError(f"--data {name}: no such folder; run `python data.py --out {name}`.")
         return name
-    if name is None:
-        print("*** No photos in data/: using built-in SHAPES. For photos run data.py first. ***")
     if not Path(SHAPES_DIR).exists():
         print(f"Drawing the shapes into {SHAPES_DIR} ...")
         write_shapes(SHAPES_DIR)
@@ -239,18 +220,16 @@ def new_model(args):
 
 def make_optimizer(model, task, args, shared_lr=1.0):
     """AdamW, whose groups carry their share of the learning rate. shared_lr: that of what old tasks
-    use too: all but the output layer, whose rows belong to one task each, or, where a task has
-    channels of its own and the others are held, the backbone alone.
+    use too: all but the output layer or, where old channels are held, the backbone alone.
 
     Weight decay leaves out biases, BatchNorm and the output layer: there it would move the rows of
     tasks that get no gradient, and these must stay bit-identical through a stage of another task.
     """
     groups = {}  # {(share, decay): parameters}
-    own_channels = parametrize.is_parametrized(model.head[0])
     for name, parameter in model.named_parameters():
         output, backbone = name.startswith("head.2."), name.startswith("features.")
         decay = WEIGHT_DECAY if parameter.ndim > 1 and not output else 0.0
-        share = 1.0 if output or (own_channels and not backbone) else shared_lr
+        share = 1.0 if output or (model.held and not backbone) else shared_lr
         if backbone:
             share *= args.trunk_lr[TASKS.index(task)]
         groups.setdefault((share, decay), []).append(parameter)
@@ -276,6 +255,7 @@ def train_step(model, task, batch, remedies, optimizer, scaler, losses=()):
     scaler.scale(loss + penalty).backward()
     scaler.step(optimizer)
     scaler.update()
+    model.hold()
     return loss.item(), penalty.item()
 
 
@@ -303,11 +283,12 @@ def train_epoch(model, task, run, remedies, optimizer, scaler, epoch):
     return *(sums / len(batches)).tolist(), lr
 
 
-def train_stage(model, task, run, remedies=(), shared_lr=1.0, file=None):
+def train_stage(model, task, run, remedies=(), shared_lr=1.0, file=None, title=""):
     """Trains `model` on one task, in place -> the stage's history, a dict for each epoch.
 
     Optimizer and schedule are fresh and randomness is seeded anew, so that what ran before leaves
-    no trace. `file` keeps the state after each epoch: with it, the stage goes on where it stopped.
+    no trace. `file` keeps the state after each epoch: with it, the stage goes on where it stopped,
+    and one that is complete trains nothing. title: what to print if something is trained.
     """
     args, stage = run.args, TASKS.index(task)
     torch.manual_seed(1000 * args.seed + stage + 1)
@@ -315,6 +296,8 @@ def train_stage(model, task, run, remedies=(), shared_lr=1.0, file=None):
     scaler = torch.amp.GradScaler("cuda", enabled="cuda" in args.device)  # for half precision
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
     history = restore(file, parts) if file else []
+    if title and len(history) < args.epochs[stage]:
+        print(title, flush=True)
     for epoch in range(len(history) + 1, args.epochs[stage] + 1):
         start = time.perf_counter()
         loss, penalty, lr = train_epoch(model, task, run, remedies, optimizer, scaler, epoch)
@@ -325,8 +308,10 @@ def train_stage(model, task, run, remedies=(), shared_lr=1.0, file=None):
             row |= evaluate(model, run.val, args.device)
         row["seconds"] = time.perf_counter() - start
         history.append(row)
-        if file:
-            keep(file, parts, history)
+        if file:  # keeps all that the rest of the stage depends on
+            states = {name: part.state_dict() for name, part in parts.items()}
+            random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+            write_checkpoint(file, states | {"random": random, "history": history})
         left = row["seconds"] * (args.epochs[stage] - epoch)
         print(f"{task} epoch {epoch:3}/{args.epochs[stage]}  loss {loss:.4f}  "
               f"penalty {penalty:.4f}  lr {lr:.1e}  {speed:.0f} images/s  "
@@ -334,15 +319,8 @@ def train_stage(model, task, run, remedies=(), shared_lr=1.0, file=None):
     return history
 
 
-def keep(file, parts, history):
-    """Writes all that the rest of a stage depends on: parts {name: what has a state_dict}."""
-    states = {name: part.state_dict() for name, part in parts.items()}
-    random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]  # of the CPU and all GPUs
-    write_checkpoint(file, states | {"random": random, "history": history})
-
-
 def restore(file, parts):
-    """Puts everything back as `keep` found it -> the history; [] if there is no readable file."""
+    """Puts back what `train_stage` kept -> the history; [] if there is no readable file."""
     try:
         saved = read_checkpoint(file)
     except UserError:
@@ -384,36 +362,31 @@ def code_digest(*modules):
     return hashlib.sha256("".join(parsed).encode()).hexdigest()
 
 
+def surroundings(args):
+    """What a training depends on besides its arguments and its data, but for the remedies' code."""
+    weights = digest(args.weights) if Path(args.weights).is_file() else args.weights
+    return [weights, code_digest("train", "model", "data", "losses", "metrics"),
+            torch.get_num_threads(), torch.__version__]
+
+
 def train_alone(task, run):
     """The baseline: the initial model trained on one task with its stage's settings, but for what
-    belongs to strategies -> {"model", "history"}. Cached beside the run, in a file whose name
-    hashes all that influences it; one that cannot be read is replaced."""
+    belongs to strategies -> (model, history). Kept beside the runs, in a file whose name hashes
+    all that influences it; one that cannot be read is replaced."""
     args, stage = run.args, TASKS.index(task)
     key = [task, args.epochs[stage], args.lr[stage], args.trunk_lr[stage], run.data, args.seed,
            args.image_size, args.batch_size, args.device, args.eval_every, run.surroundings,
            args.box_loss, args.conf_loss, args.conf_warmup, *(getattr(args, n) for n in NETWORK)]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     file = Path(args.out).parent / ".baselines" / f"{task}-{name}.pt"
-    try:
-        return read_checkpoint(file)
-    except UserError:
-        print(f"Baseline: {task} alone", flush=True)
-    model, unfinished = new_model(args), file.with_name(f"{file.stem}-unfinished.pt")
-    history = train_stage(model, task, run, file=unfinished)
-    record = {"history": history, "model": model.state_dict()}
-    write_checkpoint(file, record)
-    unfinished.unlink(missing_ok=True)
-    return record
+    model = new_model(args)
+    return model, train_stage(model, task, run, file=file, title=f"Baseline: {task} alone")
 
 
 def all_at_once(run):
-    """Multitask learning (Caruana 1997), often the upper target -> remedies for a stage of seg.
-
-        L = L_seg + L_det + L_cls
-
-    Whole training sets are replayed, each in proportion to its task's epochs: an image is seen
-    about as often as in its own stage.
-    """
+    """Multitask learning (Caruana 1997), often the upper target: L = L_seg + L_det + L_cls
+    -> remedies that make it of a stage of seg: they replay the other training sets, in proportion
+    to their epochs, so that an image is seen about as often as in its own stage."""
     args, remedies = run.args, []
     for task, epochs in zip(TASKS[1:], args.epochs[1:]):
         images = max(1, round(args.batch_size * epochs / args.epochs[0]))
@@ -424,27 +397,26 @@ def all_at_once(run):
     return remedies
 
 
-def run_stages(run):
+def run_stages(run, baselines):
     """The protocol: for each stage train, measure every task, remember -> (model, history,
-    {text: what it sees in `examples`} after each stage). Joint training has the first stage only.
-    """
+    {text: what it sees in `examples`} after each stage). Joint training has the first one only."""
     args, history, strips = run.args, [], {}
     joint = args.strategy == "joint"
-    tasks, remedies = (TASKS[:1], all_at_once(run)) if joint else (TASKS, build(args))
+    tasks = TASKS[:1] if joint else TASKS
+    remedies = all_at_once(run) if joint else build(args)
     model = new_model(args)
     if args.bn == "live":
         model.fix_batchnorm([])
     for stage, task in enumerate(tasks):
-        print(f"Stage {stage + 1}: {'all at once' if joint else task}", flush=True)
         if stage == 0 and args.bn == "fixed" and not joint:  # its own baseline
-            alone = train_alone(task, run)
-            model.load_state_dict(alone["model"])
-            history += alone["history"]
+            alone, rows = baselines[task]
+            model.load_state_dict(alone.state_dict())
+            history += [dict(row) for row in rows]
         else:
             shared_lr = args.shared_lr[stage] if stage else 1.0
             file = Path(args.out) / f"stage{stage + 1}.pt"
-            history += train_stage(model, task, run, remedies, shared_lr, file)
-        model.release()
+            history += train_stage(model, task, run, remedies, shared_lr, file,
+                                   f"Stage {stage + 1}: {'all at once' if joint else task}")
         if args.bn == "fixed":
             model.fix_batchnorm()
         save_model(Path(args.out) / "model.pt", model, args.image_size, run.classes)
@@ -464,18 +436,18 @@ def finish(run, baselines, model, history, strips):
     args = run.args
     ends = [row for row in history if row["epoch"] == args.epochs[row["stage"] - 1]]
     matrix = [{t: row[t] for t in TASKS} for row in ends]
-    alone = [row for t in TASKS for row in baselines[t]["history"]]
     results = {
         "args": vars(args), "defaults": defaults_for(args),
         "data": {"folder": args.data, "sha256": run.data}, "classes": run.classes,
         "params": sum(p.numel() for p in model.parameters()),
         "latency_ms": float(np.median(latency(model, args.device))),
-        "seconds": {"baselines": sum(row["seconds"] for row in alone),
+        "seconds": {"baselines": sum(row["seconds"] for _, rows in baselines.values()
+                                     for row in rows),
                     "stages": sum(row["seconds"] for row in history),
                     "total": time.perf_counter() - run.start},
         "device": f"{args.device}, {torch.get_num_threads()} threads", "torch": torch.__version__,
         "tasks": TASKS, "metrics": NAMES, "matrix": matrix, "final": matrix[-1],
-        "baseline": {t: baselines[t]["history"][-1][t] for t in TASKS},
+        "baseline": {t: rows[-1][t] for t, (_, rows) in baselines.items()},
         "map_50_95": history[-1]["map_50_95"], "history": history}
     judge(results)
     draw_curves(results, Path(args.out) / "curves.png")
@@ -484,13 +456,6 @@ def finish(run, baselines, model, history, strips):
     write_json(Path(args.out) / "results.json", results)
     print(f"\n{show(results)}\nresults.json, model.pt and the pictures are in {args.out}")
     return results
-
-
-def surroundings(args):
-    """What a training depends on besides its arguments and its data, but for the remedies' code."""
-    weights = digest(args.weights) if Path(args.weights).is_file() else args.weights
-    return [weights, code_digest("train", "model", "data", "losses", "metrics"),
-            torch.get_num_threads(), torch.__version__, torchvision.__version__, PIL.__version__]
 
 
 def run(args):
@@ -524,7 +489,7 @@ def run(args):
     print(f"{args.strategy} on {args.data} at {args.image_size} px, seed {args.seed}, "
           f"{args.device}; results go to {out}", flush=True)
     baselines = {t: train_alone(t, this) for t in TASKS}
-    results = finish(this, baselines, *run_stages(this))
+    results = finish(this, baselines, *run_stages(this, baselines))
     for file in out.glob("stage*.pt"):
         file.unlink()
     return results
@@ -539,10 +504,8 @@ def benchmark(args):
     for stage, task in enumerate(TASKS):
         model, remedies = new_model(this.args), build(this.args)
         for old, remedy in product(TASKS[:stage], remedies):
-            model.release()
             remedy.remember(old, model, this.train[old])
         speed[task] = train_stage(model, task, this, remedies)[-1]["images_per_s"]
-        model.release()
     p50, p95 = np.percentile(latency(model, args.device), (50, 95))
     if "cuda" in args.device:
         memory = torch.cuda.max_memory_allocated() / 2**30

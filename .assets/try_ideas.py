@@ -198,7 +198,7 @@ def try_idea(task, text, seed, options):
     kept = prepare(task, idea, args)
     samples = {task: MiniSet(options.data, task, "train", args.image_size)}
     train.evaluate = lambda *rest: {}  # the last epoch is measured below
-    run = SimpleNamespace(args=args, train=samples, val={}, time_left=lambda: "?")
+    run = SimpleNamespace(args=args, train=samples, val={})
     net = train.new_model(args)
     seconds = sum(row["seconds"] for row in train.train_stage(net, task, run))
     net.load_state_dict(kept or net.state_dict())

@@ -2,7 +2,9 @@
 
 To add one, write a class with those methods of `Remedy` that it needs, and enter it in REMEDIES
 before isolation. Its flags, if any, go into `train.add_settings`, and those with three values
-also into the first row of STRENGTHS. Autograd does the rest.
+also into the first row of STRENGTHS. Autograd does the rest. MAS (arXiv:1711.09601), for instance,
+is EWC with another `importance`: the mean absolute gradient of the squared norm of the outputs (of
+detection: all but the boxes, which are pixels).
 """
 import argparse
 import random

@@ -21,7 +21,9 @@ except ImportError:  # on Windows
     resource = None
 
 import numpy as np
+import PIL
 import torch
+import torchvision
 
 from data import (FOLDERS, TASKS, MiniSet, UserError, augment, command, take, try_folder,
                   write_shapes)
@@ -84,7 +86,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
     """Ends a flag's help with its default, unless that depends on data and strategy: None."""
 
     def _get_help_string(self, action):
-        known = action.default not in (None, argparse.SUPPRESS)
+        known = action.default not in (None, False, argparse.SUPPRESS)
         return action.help + " (default: %(default)s)" * known
 
 
@@ -142,7 +144,7 @@ def add_settings(parser):
     add("--batch-size", type=numbers(1, kind=int), help="images a step")
     add("--box-loss", choices=["giou", "smooth_l1", "mse"], default="giou",
         help="of detection: of the box, or two of its offsets")
-    add("--conf-loss", choices=["bce", "focal"], default="bce", help="of detection; gamma is 1")
+    add("--conf-loss", choices=["bce", "focal"], default="bce", help="of detection; focal has gamma 1")
     add("--conf-warmup", type=numbers(0, kind=int), default=0, help="epochs of bce before focal")
     add("--bn", choices=["fixed", "live"], default="fixed",
         help="live: BatchNorm statistics follow every stage's images, which forgets")
@@ -272,10 +274,12 @@ def train_epoch(model, task, run, remedies, optimizer, scaler, epoch):
             group["lr"] = lr * group["share"]
         batch = augment(*take(samples.batch, indices, args.device))
         sums += train_step(model, task, batch, remedies, optimizer, scaler, losses)
+        run.done += 1 / len(batches)
         if sys.stdout.isatty():
             done = step - (epoch - 1) * len(batches)
             print(f"\r{task} epoch {epoch:3}/{args.epochs[stage]}  loss {sums[0] / done:.4f}  "
-                  f"[{'#' * (20 * done // len(batches)):20}]", end="\r", flush=True)
+                  f"[{'#' * (20 * done // len(batches)):20}]  {run.time_left()} left", end="\r",
+                  flush=True)
         if not np.isfinite(sums).all():
             names = ", ".join(str(samples.paths[i]) for i in indices.tolist())
             raise UserError(f"{task}, epoch {epoch}: the loss is not finite on the images {names}; "
@@ -296,6 +300,7 @@ def train_stage(model, task, run, remedies=(), shared_lr=1.0, file=None, title="
     scaler = torch.amp.GradScaler("cuda", enabled="cuda" in args.device)  # for half precision
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
     history = restore(file, parts) if file else []
+    run.epochs -= len(history)
     if title and len(history) < args.epochs[stage]:
         print(title, flush=True)
     for epoch in range(len(history) + 1, args.epochs[stage] + 1):
@@ -312,10 +317,9 @@ def train_stage(model, task, run, remedies=(), shared_lr=1.0, file=None, title="
             states = {name: part.state_dict() for name, part in parts.items()}
             random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
             write_checkpoint(file, states | {"random": random, "history": history})
-        left = row["seconds"] * (args.epochs[stage] - epoch)
         print(f"{task} epoch {epoch:3}/{args.epochs[stage]}  loss {loss:.4f}  "
-              f"penalty {penalty:.4f}  lr {lr:.1e}  {speed:.0f} images/s  "
-              f"{left // 60:.0f}:{left % 60:02.0f} left in this stage", flush=True)
+              f"penalty {penalty:.4f}  lr {lr:.1e}  {speed:.0f} images/s  {run.time_left()} left",
+              flush=True)
     return history
 
 
@@ -335,7 +339,7 @@ def restore(file, parts):
 
 # -- The experiment
 class Run:
-    """What all trainings of one run share: its arguments and its data."""
+    """What all trainings of one run share: its arguments, its data, and the time they take."""
 
     def __init__(self, args):
         self.args, self.start = args, time.perf_counter()
@@ -353,6 +357,14 @@ class Run:
                                 "one cell; choose another --batch-size.")
         self.data = {t: digest(Path(args.data) / FOLDERS[t]) for t in TASKS}
         self.surroundings = surroundings(args)
+        stages = args.epochs[:1] if args.strategy == "joint" else args.epochs[args.bn == "fixed":]
+        self.done, self.epochs = 0, sum(args.epochs) + sum(stages)  # of baselines and stages
+
+    def time_left(self):
+        """What is left at the mean pace of the epochs done, as minutes:seconds."""
+        pace = (time.perf_counter() - self.start) / self.done
+        left = pace * max(0, self.epochs - self.done)
+        return f"{left // 60:.0f}:{left % 60:02.0f}"
 
 
 def code_digest(*modules):
@@ -366,7 +378,7 @@ def surroundings(args):
     """What a training depends on besides its arguments and its data, but for the remedies' code."""
     weights = digest(args.weights) if Path(args.weights).is_file() else args.weights
     return [weights, code_digest("train", "model", "data", "losses", "metrics"),
-            torch.get_num_threads(), torch.__version__]
+            torch.get_num_threads(), torch.__version__, torchvision.__version__, PIL.__version__]
 
 
 def train_alone(task, run):

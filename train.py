@@ -144,7 +144,8 @@ def add_settings(parser):
     add("--batch-size", type=numbers(1, kind=int), help="images a step")
     add("--box-loss", choices=["giou", "smooth_l1", "mse"], default="giou",
         help="of detection: of the box, or two of its offsets")
-    add("--conf-loss", choices=["bce", "focal"], default="bce", help="of detection; focal has gamma 1")
+    add("--conf-loss", choices=["bce", "focal"], default="bce",
+        help="of detection; focal has gamma 1")
     add("--conf-warmup", type=numbers(0, kind=int), default=0, help="epochs of bce before focal")
     add("--bn", choices=["fixed", "live"], default="fixed",
         help="live: BatchNorm statistics follow every stage's images, which forgets")

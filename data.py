@@ -41,7 +41,7 @@ IGNORE, JPEG = 255, (".jpg", ".jpeg")
 VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable "
                "dog horse motorbike person pottedplant sheep sofa train tvmonitor").split()
 VOC_PALETTE = [tuple(sum((i >> 3 * j + c & 1) << 7 - j for j in range(3)) for c in range(3))
-               for i in range(256)]  # the bits of index i are dealt to red, green, blue in turn
+               for i in range(256)]  # VOC's own: an index's bits go to red, green, blue in turn
 VOC_COLOURS = {VOC_PALETTE[i]: i for i in (*range(1, 21), IGNORE)}
 MASKS = "SegmentationClass"  # VOC's folder of them
 COCO_CLASSES = "person bicycle car motorcycle bus truck cat dog chair tv".split()  # the ten sampled
@@ -321,7 +321,7 @@ def augment(images, target, zoom=(0.4, 1.2), aspect=1.3, colour=0.3, mask_stride
     if "mask" in target:
         mask = target["mask"][:, None].float() - IGNORE  # (B, 1, S, S), 0 = ignore, as outside
         mask = look(mask, window, size // mask_stride, "nearest")[:, 0] + IGNORE
-        target = {"mask": mask.long()}  # (B, S/4, S/4)
+        target = {"mask": mask.long()}  # (B, s/4, s/4)
     elif "boxes" in target:
         target = move_boxes(target, window, old_size, size)
     return x, target
@@ -361,7 +361,7 @@ def change_colours(x, strength, deviation):
     grey = torch.full((3, 3), 1 / 3, device=x.device)  # the matrix that removes all colour
     matrix = torch.lerp(grey, torch.eye(3, device=x.device), saturation)  # (B, 3, 3)
     matrix = contrast * matrix / deviation.view(3, 1)
-    brightness = 100 * shift / deviation.view(3, 1)  # (B, 3, 1)
+    brightness = 100 * shift / deviation.view(3, 1)  # (B, 3, 1); values have a range of 255
     x = torch.baddbmm(brightness, matrix, x.flatten(2)).view_as(x)
     return x.contiguous(memory_format=torch.channels_last)
 
@@ -402,7 +402,8 @@ def new_folder(path):
 
 def cover(labels, rng):
     """Yields the names of {name: set of its classes} so that each next one adds to the class that
-    came least so far: any first n cover rare classes as well as n allow."""
+    came least so far: any first n cover rare classes as well as n allow. Of {a: {1}, b: {1}, c:
+    {2}} c is among the first two."""
     left, count = sorted(labels), Counter()
     rng.shuffle(left)  # ties are broken at random
     while left:

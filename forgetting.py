@@ -3,8 +3,9 @@
 To add one, write a class with those methods of `Remedy` that it needs, and enter it in REMEDIES
 before isolation. Its flags, if any, go into `train.add_settings`, and those with three values
 also into the first row of STRENGTHS. Autograd does the rest. MAS (arXiv:1711.09601), for instance,
-is EWC with another `importance`: the mean absolute gradient of the squared norm of the outputs (of
-detection: all but the boxes, which are pixels).
+is a child of EWC whose `importance` has two lines changed: `model(images, (task,))[task].square()
+.sum().backward()`, of detection without the boxes, which are pixels ([..., 4:]), and
+`fisher + gradient.abs() / len(samples)`. Its strength is that of --ewc-lambda.
 """
 import argparse
 import random
@@ -23,11 +24,11 @@ PAIRS = (("det", "seg"), ("cls", "seg"), ("cls", "det"))  # a stage's new task a
 # they differ the last one counts. Strategies that no row names have not been tuned.
 STRENGTHS = {
     "otherwise": dict(replay_weight=[1, 1, 1], replay_teacher=[6, 6, 3], replay_batch=4,
-                      lwf_weight=[5, 1, 1], ewc_lambda=[5, 5, 10], own_channels=[0, 128, 64],
-                      shared_lr=[1, 1, 1]),
-    # Shapes, learned from scratch; in Stage 3 labels would only be learned by heart once more
-    "replay from scratch": dict(replay_weight=[1, 0, 0], replay_teacher=[1.2, 4, 2],
-                                replay_batch=6, shared_lr=[1, 1, 0.2]),
+                      replay_mix=0, lwf_weight=[5, 1, 1], ewc_lambda=[5, 5, 10],
+                      own_channels=[0, 128, 64], shared_lr=[1, 1, 1]),
+    # Shapes, learned from scratch: the teacher alone, since labels would be learned by heart
+    "replay from scratch": dict(replay_weight=[0, 0, 0], replay_teacher=[1.2, 3.2, 1.5],
+                                replay_batch=6, replay_mix=0.5, shared_lr=[1, 1, 0.2]),
     # Drift is corrected twice: softer springs, and shared layers that learn faster
     "ewc+lwf": dict(lwf_weight=[1, 0.3, 2], ewc_lambda=[0.5, 5, 10], shared_lr=[1, 2, 1]),
     "ewc+lwf from scratch": dict(shared_lr=[1, 1, 1]),  # twice that rate diverged
@@ -38,7 +39,7 @@ STRENGTHS = {
     "replay+lwf+isolation": dict(replay_weight=[1, 0, 0], replay_teacher=[2, 0, 0],
                                  lwf_weight=[1, 1, 1], own_channels=[0, 64, 64],
                                  shared_lr=[1, 2, 1]),
-    "replay+lwf+isolation from scratch": dict(shared_lr=[1, 1, 1])}
+    "replay+lwf+isolation from scratch": dict(replay_mix=0, shared_lr=[1, 1, 1])}
 
 
 class Remedy:
@@ -58,7 +59,7 @@ class Remedy:
         return ()
 
     def penalty(self, task, model, images, out):
-        """What a step of `task` adds to its loss -> scalar. images (B, 3, S, S), normalised; out:
+        """What a step of `task` adds to its loss -> scalar. images (B, 3, s, s), normalised; out:
         the outputs of `task` and of all that was wanted. What it changes in the remedy is lost
         where a run is interrupted."""
         return 0.0
@@ -73,6 +74,8 @@ class Replay(Remedy):
     on at most 10 stored images per old task, chosen once with the run's seed so that they cover the
     classes. Ten images are soon learned by heart; answers say more about each than its labels do.
     DER++ stores them; here each draw is another window, and so the previous model is asked anew.
+    `--replay-mix` blends the images, which makes more of ten: a teacher that sees the very same
+    blends can answer about any (function matching, Beyer et al. 2021, arXiv:2106.05237).
     """
 
     def __init__(self, args):
@@ -96,7 +99,11 @@ class Replay(Remedy):
             if weight or teaching:
                 drawn = torch.randperm(len(stored[0]))[:self.args.replay_batch]
                 x, target = augment(*take(stored, drawn))
+                if self.args.replay_mix:
+                    share = self.args.replay_mix * torch.rand(len(x), 1, 1, 1, device=x.device)
+                    x = torch.lerp(x, x.roll(1, 0), share)  # (B, 3, s, s)
                 now = model(x, (old,))
+            if weight:  # labels are those of the larger share
                 total = total + weight * task_loss(old, now, target, *self.losses)
             if teaching:
                 total = total + teaching * distance(old, now, self.teacher(x, (old,)))
@@ -129,7 +136,7 @@ class LwF(Remedy):
         if not old_tasks:
             return 0.0
         if task == "cls":
-            images = F.avg_pool2d(images, 2)  # (B, 3, S/2, S/2)
+            images = F.avg_pool2d(images, 2)  # (B, 3, s/2, s/2)
             out = model(images, old_tasks)
         taught = self.teacher(images, old_tasks)
         return sum(self.weight[task, old] * distance(old, out, taught) for old in old_tasks)
@@ -146,8 +153,9 @@ class EWC(Remedy):
         L = L_new + Σ_old λ_old/2 Σ_i F_i (θ_i - θ*_i)²
 
     θ* are the weights at the end of the old task's stage, F the diagonal of its empirical Fisher
-    information, divided by its mean: that is ours, not the paper's. The mean differs thirtyfold
-    between tasks; with the division λ is the mean stiffness of the springs.
+    information (at true labels, not at labels that the model draws). The one difference to the
+    paper: F is divided by its mean, which differs thirtyfold between tasks; so λ is the mean
+    stiffness of the springs.
     """
     stores_weights = True
 
@@ -162,8 +170,8 @@ class EWC(Remedy):
         self.terms[task] = fisher, flat(model.parameters()).detach()
 
     def importance(self, task, model, samples):
-        """1/n Σ_n (∂L(image n) / ∂θ)² -> a vector. One training image at a time (no square of the
-        mean gradient), augmented once, at its true labels, in eval mode."""
+        """1/n Σ_n (∂L(image n) / ∂θ)² -> a vector. One training image at a time (no square of
+        the mean gradient), augmented once, at its true labels, in eval mode."""
         fisher = torch.zeros_like(flat(model.parameters()))
         stored = take(samples.batch, slice(None), self.args.device)
         model.eval()

@@ -47,7 +47,8 @@ def seg_loss(logits, mask):
 
 
 def distance(task, out, taught):
-    """How far what a model says about a task is from what its teacher says -> scalar >= 0."""
+    """How far what a model says about a task is from what its teacher says -> scalar >= 0.
+    Classification, the last task, is never an old one."""
     distil = {"seg": distil_seg, "det": distil_det}[task]
     return distil(out[task].float(), taught[task].float())
 
@@ -90,9 +91,10 @@ def assign(boxes, labels, cells, radius=1.5):
     """Which box each cell has to predict: boxes (B, M, 4), labels (B, M), cells (N, 3) -> index
     (B, N), -1 = none.
 
-    A cell takes a box of its level if it holds the box's centre, or if its own centre lies inside
-    the box and less than `radius` strides from the box's centre in x and y. Where several boxes
-    claim a cell the smallest gets it (FCOS's rule): a large one has other cells.
+    A box belongs to the level of 4 to 8 strides for its longer side. A cell takes it if it holds
+    the box's centre, or if its own centre lies inside the box and less than `radius` strides from
+    the box's centre in x and y. Where several boxes claim a cell the smallest gets it (FCOS's
+    rule): a large one has other cells.
     """
     x, y, stride = (v.view(1, -1, 1) for v in cells.unbind(1))  # each (1, N, 1)
     x1, y1, x2, y2 = (v.unsqueeze(1) for v in boxes.unbind(2))  # each (B, 1, M)

@@ -29,10 +29,11 @@ from model import detections, load_model
 NAMES = {"seg": "mIoU", "det": "mAP@50", "cls": "Top-1"}
 LEARNED = {"seg": 0.05, "det": 0.01, "cls": 0.20}  # a score below this is chance
 MAX_DROP, MAX_PARAMS, MAX_LATENCY_MS, MAX_SECONDS = 0.05, 8_000_000, 150, 7200
-PLACES = ("data", "device", "out", "seed")  # arguments that do not name a row of the comparison
-RECIPE = ("report", "backbone", "taps", "neck", "width", "hidden", "head_layers", "head_stride",
-          "weights", "image_size", "epochs", "lr", "trunk_lr", "batch_size", "box_loss",
-          "conf_loss", "conf_warmup")  # flags that matter to the baselines
+UNNAMED = ("data", "device", "out", "seed")  # arguments that do not name a row of the comparison
+OF_BASELINES = (  # flags that matter to the baselines
+    "report", "backbone", "taps", "neck", "width", "hidden", "head_layers", "head_stride",
+    "weights", "image_size", "epochs", "lr", "trunk_lr", "batch_size", "box_loss", "conf_loss",
+    "conf_warmup")
 
 
 # -- The metrics
@@ -124,7 +125,7 @@ def evaluate_saved(args):
     file = Path(args.out or Path(args.eval).parent / "eval.json")
     try_folder(file.parent)
     there = [t for t in TASKS if (root / FOLDERS[t]).is_dir()]
-    tasks = (there or TASKS) if "all" in args.tasks else args.tasks  # MiniSet refuses what is not
+    tasks = (there or TASKS) if "all" in args.tasks else args.tasks  # absent ones are refused
     val = {t: MiniSet(root, t, "val", size, classes[t]) for t in tasks}
     model = model.to(args.device, memory_format=torch.channels_last)
     scores = dict.fromkeys((*TASKS, "map_50_95")) | evaluate(model, val, args.device)
@@ -214,7 +215,7 @@ def load_run(folder):
 def row_name(args, defaults):
     """The strategy, and each flag of a run that differs from the defaults stored with it."""
     unusual = [f"--{key.replace('_', '-')} {args[key]}" for key, value in defaults.items()
-               if key not in (*PLACES, "strategy") and args[key] != value]
+               if key not in (*UNNAMED, "strategy") and args[key] != value]
     return " ".join([args["strategy"], *unusual])
 
 
@@ -241,7 +242,7 @@ def compare(folders, picture=None):
             print(f"skipped {e}", file=sys.stderr)
             continue
         args, defaults = results["args"], results["defaults"]
-        recipe = {key: value for key, value in defaults.items() if key in RECIPE}
+        recipe = {key: value for key, value in defaults.items() if key in OF_BASELINES}
         alone = row_name(args | {"strategy": f"each task alone, on {args['device']}"}, recipe)
         where = json.dumps(results["data"]["sha256"]), args["device"]
         for rows, name in zip(groups.setdefault(where, ({}, {})), (alone, results["name"])):

@@ -79,8 +79,10 @@ def resize(x, size):
 
 
 # Constructor, tapped blocks of its `features` (finest first), ImageNet weights. Another one is one
-# more entry; for models.mobilenet_v3_large, for instance, with the blocks (6, 12, 16).
-# Block 8 of MobileNetV3-Small is its last one at stride 16, two deeper than the challenge's 6.
+# more entry, for instance
+#     "mobilenet_v3_large": (models.mobilenet_v3_large, (6, 12, 16),
+#                            models.MobileNet_V3_Large_Weights.IMAGENET1K_V2),
+# Block 8 of MobileNetV3-Small is its last one at stride 16.
 BACKBONES = {
     "mobilenet_v3_small": (models.mobilenet_v3_small, (3, 8, 12),
                            models.MobileNet_V3_Small_Weights.IMAGENET1K_V1),
@@ -140,8 +142,8 @@ class OneHead(nn.Module):
         self.head = nn.Sequential(first, nn.ReLU(), nn.Conv2d(hidden, 46, 1))
         nn.init.normal_(self.head[2].weight, std=0.01)
         nn.init.zeros_(self.head[2].bias)
-        with torch.no_grad():  # sigmoid(bias) = PRIOR: thousands of empty cells must not drown
-            self.head[2].bias[DET][4] = -torch.log(torch.tensor((1 - PRIOR) / PRIOR))  # the start
+        with torch.no_grad():  # or thousands of empty cells would drown the first steps
+            self.head[2].bias[DET][4] = torch.tensor(PRIOR).logit()
         for layer in self.batchnorms().values():
             layer.momentum = 0.1  # torchvision's 0.01 needs hundreds of steps to settle
         self.train()

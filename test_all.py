@@ -762,7 +762,8 @@ def test_ewc_adds_the_springs_of_both_old_tasks_by_hand(held_by_ewc):
 
 def test_replay_penalty_is_the_loss_of_drawn_images(trained_model, shapes, tiny_run):
     replay = remedy_of(forgetting.Replay, shapes, "--replay-batch", "2",
-                       "--replay-weight", "2", "2", "3", "--replay-teacher", "4", "4", "5")
+                       "--replay-weight", "2", "2", "3", "--replay-teacher", "4", "4", "5",
+                       "--replay-mix", "0")
     replay.remember("det", trained_model, tiny_run.train["det"])
     teacher = deepcopy(trained_model)
     jolt(trained_model)
@@ -1098,6 +1099,22 @@ def test_replay_keeps_its_images_and_draws_some_a_step(trained_model, shapes, ti
     penalties = {replay.penalty("cls", trained_model, None, None).item() for _ in range(3)}
     assert len(penalties) == 3
     assert all_equal(before, ((task, images) for task, (images, _) in replay.buffer.items()))
+
+
+def test_blends_hold_at_most_half_of_another_image_and_the_teacher_sees_the_same(
+        trained_model, shapes, tiny_run, monkeypatch):
+    replay = remedy_of(forgetting.Replay, shapes, "--replay-mix", "0.5", "--replay-batch", "10")
+    replay.remember("seg", trained_model, tiny_run.train["seg"])
+    grey = torch.arange(10.0).view(10, 1, 1, 1).expand(10, 3, 64, 64)  # image i has the value i
+    monkeypatch.setattr(forgetting, "augment", lambda images, target: (grey, target))
+    seen = []
+    for model in (trained_model, replay.teacher):
+        model.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    replay.penalty("det", trained_model, None, None)
+    now, then = seen
+    assert torch.equal(now, then)
+    shares = ((now - grey) / (grey.roll(1, 0) - grey))[:, 0, 0, 0]
+    assert shares.min() >= 0 and shares.max() <= 0.5 and len(shares.unique()) == 10
 
 
 def test_replay_of_one_task_ignores_the_other(trained_model, shapes, tiny_run):
@@ -1941,7 +1958,7 @@ def test_with_photos_the_defaults_are_others(empty_cwd):
 @pytest.mark.parametrize("flags, expected", [
     ("--weights imagenet --strategy lwf", dict(lwf_weight=[5, 1, 1], shared_lr=[1, 1, 1])),
     ("--weights imagenet --strategy replay", dict(replay_teacher=[6, 6, 3], shared_lr=[1, 1, 1])),
-    ("--strategy replay", dict(replay_teacher=[1.2, 4, 2], shared_lr=[1, 1, 0.2],
+    ("--strategy replay", dict(replay_teacher=[1.2, 3.2, 1.5], shared_lr=[1, 1, 0.2],
                                replay_batch=6)),
     ("--weights imagenet --strategy lwf+ewc", dict(lwf_weight=[1, 0.3, 2], shared_lr=[1, 2, 1])),
     ("--strategy ewc+lwf", dict(lwf_weight=[1, 0.3, 2], shared_lr=[1, 1, 1])),
@@ -2219,9 +2236,11 @@ def test_stages_of_another_code_or_unknown_arguments_are_trained_again(damage, u
 
 def test_a_finished_run_is_not_repeated(shapes, finished, monkeypatch, capsys):
     monkeypatch.setattr(train, "train_stage", None)  # training would fail
+    (finished[0] / "stage2.pt").touch()  # as if it was interrupted just before the end
     results = train.main(tiny_flags(shapes, finished[0]))
     assert results["matrix"] == finished[1]["matrix"]
     assert "is finished already" in capsys.readouterr().out
+    assert not (finished[0] / "stage2.pt").exists()
 
 
 def test_a_finished_run_with_other_arguments_is_refused_by_name(shapes, finished, shapes_copy):
@@ -2249,7 +2268,7 @@ def test_an_unreadable_baseline_is_trained_again(shapes, finished, tmp_path, cap
     run = train.Run(tiny_args(shapes))
     run.args.out = tmp_path / "run"
     capsys.readouterr()
-    again = {task: train.train_alone(task, run)["history"][-1][task] for task in TASKS}
+    again = {task: train.train_alone(task, run)[1][-1][task] for task in TASKS}
     text = capsys.readouterr().out
     trained = [task for task in TASKS if f"Baseline: {task} alone" in text]
     assert trained == ["det"]

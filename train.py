@@ -156,6 +156,7 @@ def add_settings(parser):
     add("--replay-tasks", nargs="+", choices=TASKS[:2], default=["seg", "det"],
         help="old tasks to replay")
     add("--replay-batch", type=numbers(1, kind=int), help="stored images per old task in a step")
+    add("--replay-mix", type=numbers(0, 0.5), help="at most this share of another one in each")
     add("--replay-weight", **THREE, type=numbers(0), help="weight of their labels")
     add("--replay-teacher", **THREE, type=numbers(0), help="weight of old answers on them")
     add("--lwf-weight", **THREE, type=numbers(0), help="weight of old answers on new images")
@@ -226,7 +227,7 @@ def make_optimizer(model, task, args, shared_lr=1.0):
     use too: all but the output layer or, where old channels are held, the backbone alone.
 
     Weight decay leaves out biases, BatchNorm and the output layer: there it would move the rows of
-    tasks that get no gradient, and these must stay bit-identical through a stage of another task.
+    tasks that get no gradient, a forgetting that no loss would see.
     """
     groups = {}  # {(share, decay): parameters}
     for name, parameter in model.named_parameters():
@@ -241,7 +242,8 @@ def make_optimizer(model, task, args, shared_lr=1.0):
 
 
 def learning_rate(step, total, peak):
-    """Linear warm-up over the first 5 % of the steps, and a cosine to 0. step: from 1 to total."""
+    """The lower one of a linear warm-up over the first 5 % of the steps and a cosine to 0. step:
+    from 1 to total."""
     return peak * min(step / (0.05 * total), 0.5 + 0.5 * math.cos(math.pi * step / total))
 
 
@@ -266,8 +268,8 @@ def train_epoch(model, task, run, remedies, optimizer, scaler, epoch):
     """Shows every training image once -> (mean loss, mean penalty, last learning rate). Raises
     UserError, naming the images, if the loss is not finite."""
     args, stage, samples, sums = run.args, TASKS.index(task), run.train[task], np.zeros(2)
-    batches = torch.randperm(len(samples), device=args.device).cpu().split(args.batch_size)
-    losses = args.box_loss, args.conf_loss if epoch > args.conf_warmup else "bce"
+    batches = torch.randperm(len(samples)).split(args.batch_size)
+    losses = args.box_loss, (args.conf_loss if epoch > args.conf_warmup else "bce")
     model.train()
     for step, indices in enumerate(batches, (epoch - 1) * len(batches) + 1):
         lr = learning_rate(step, args.epochs[stage] * len(batches), args.lr[stage])
@@ -301,7 +303,7 @@ def train_stage(model, task, run, remedies=(), shared_lr=1.0, file=None, title="
     scaler = torch.amp.GradScaler("cuda", enabled="cuda" in args.device)  # for half precision
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
     history = restore(file, parts) if file else []
-    run.epochs -= len(history)
+    run.total -= len(history)
     if title and len(history) < args.epochs[stage]:
         print(title, flush=True)
     for epoch in range(len(history) + 1, args.epochs[stage] + 1):
@@ -310,7 +312,7 @@ def train_stage(model, task, run, remedies=(), shared_lr=1.0, file=None, title="
         speed = len(run.train[task]) / (time.perf_counter() - start)
         row = {"stage": stage + 1, "task": task, "epoch": epoch, "loss": loss, "penalty": penalty,
                "lr": lr, "images_per_s": speed}
-        if epoch == args.epochs[stage] or args.eval_every and epoch % args.eval_every == 0:
+        if epoch == args.epochs[stage] or (args.eval_every and epoch % args.eval_every == 0):
             row |= evaluate(model, run.val, args.device)
         row["seconds"] = time.perf_counter() - start
         history.append(row)
@@ -358,18 +360,20 @@ class Run:
                                 "one cell; choose another --batch-size.")
         self.data = {t: digest(Path(args.data) / FOLDERS[t]) for t in TASKS}
         self.surroundings = surroundings(args)
-        stages = args.epochs[:1] if args.strategy == "joint" else args.epochs[args.bn == "fixed":]
-        self.done, self.epochs = 0, sum(args.epochs) + sum(stages)  # of baselines and stages
+        stages = args.epochs[1:] if args.bn == "fixed" else args.epochs  # the first is a baseline
+        if args.strategy == "joint":
+            stages = args.epochs[:1]
+        self.done, self.total = 0, sum(args.epochs) + sum(stages)  # epochs
 
     def time_left(self):
         """What is left at the mean pace of the epochs done, as minutes:seconds."""
         pace = (time.perf_counter() - self.start) / self.done
-        left = pace * max(0, self.epochs - self.done)
+        left = pace * max(0, self.total - self.done)
         return f"{left // 60:.0f}:{left % 60:02.0f}"
 
 
 def code_digest(*modules):
-    """A hash of the code of some modules, as parsed: comments do not change it."""
+    """A hash of the code of some modules, as parsed: comments do not change it, docstrings do."""
     files = (Path(__file__).with_name(f"{name}.py") for name in modules)
     parsed = [ast.dump(ast.parse(file.read_text(encoding="utf-8"))) for file in files]
     return hashlib.sha256("".join(parsed).encode()).hexdigest()
@@ -399,11 +403,13 @@ def train_alone(task, run):
 def all_at_once(run):
     """Multitask learning (Caruana 1997), often the upper target: L = L_seg + L_det + L_cls
     -> remedies that make it of a stage of seg: they replay the other training sets, in proportion
-    to their epochs, so that an image is seen about as often as in its own stage."""
+    to their epochs, so that an image is seen about as often as in its own stage. All learn at the
+    rates of Stage 1."""
     args, remedies = run.args, []
     for task, epochs in zip(TASKS[1:], args.epochs[1:]):
         images = max(1, round(args.batch_size * epochs / args.epochs[0]))
-        replay = Replay(argparse.Namespace(**vars(args) | {"replay_batch": images}))
+        settings = vars(args) | {"replay_batch": images, "replay_mix": 0}
+        replay = Replay(argparse.Namespace(**settings))
         replay.weight["seg", task], replay.teaching["seg", task] = 1.0, 0.0
         replay.buffer[task] = take(run.train[task].batch, slice(None), args.device)
         remedies.append(replay)
@@ -471,7 +477,7 @@ def finish(run, baselines, model, history, strips):
     return results
 
 
-def run(args):
+def run_seed(args):
     """One run of one seed -> its results. A finished one is not repeated, an interrupted one goes
     on from the files of its stages; UserError if either had other arguments or data."""
     this, out = Run(args), Path(args.out)
@@ -490,11 +496,13 @@ def run(args):
         raise UserError(f"--out {out}: holds a run with another {other}; name another folder, or "
                         "delete that one.")
     if finished:
+        for file in stages:  # left by an interruption just before the end
+            file.unlink()
         print(f"{out} is finished already (after a change of the code delete it to train anew):\n"
               f"{show(results)}")
         return results
     now["surroundings"] = [*this.surroundings, code_digest("forgetting")]
-    if then.get("surroundings") != now["surroundings"]:  # another code: its stages are stale
+    if then.get("surroundings") != now["surroundings"]:  # stages of another code are stale
         for file in stages:
             file.unlink()
     try_folder(out.parent / ".baselines")
@@ -549,7 +557,7 @@ def main(argv=None):
     results, out = [], args.out or f"runs/{report}{args.strategy}"
     for seed in dict.fromkeys(args.seed):
         folder = out if args.out and len(args.seed) == 1 else f"{out}-seed{seed}"
-        results.append(run(argparse.Namespace(**{**vars(args), "seed": seed, "out": folder})))
+        results.append(run_seed(argparse.Namespace(**{**vars(args), "seed": seed, "out": folder})))
     if len(results) == 1:
         return results[0]
     print(f"\n{compare(r['args']['out'] for r in results)}")

@@ -55,7 +55,7 @@ def paste_objects(images, target, share, **settings):
     """Objects of another photo of the batch, cut out along their masks (arXiv:2012.07177)."""
     images, target = data.augment(images, target, mask_stride=1, **settings)
     mask, other = target["mask"][:, None], target["mask"].roll(1, 0)[:, None]  # (B, 1, S, S)
-    chosen = torch.rand(len(images), 1, 1, 1) < share
+    chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < share
     pasted = chosen & (other > 0) & (other != IGNORE)
     mask = torch.where(pasted, other, mask)[:, 0, 2::4, 2::4]  # (B, S/4, S/4)
     return torch.where(pasted, images.roll(1, 0), images), {"mask": mask}
@@ -101,7 +101,7 @@ def lovasz(logits, mask):
         error, order = ((truth == c).float() - shares[:, c]).abs().sort(descending=True)
         found = (truth == c).float()[order]
         iou = (found.sum() - found.cumsum(0)) / (found.sum() + (1 - found).cumsum(0))
-        total = total + (error * -iou.diff(prepend=torch.ones(1))).sum()
+        total = total + (error * -iou.diff(prepend=iou.new_ones(1))).sum()
     return total / max(1, len(classes))
 
 
@@ -110,11 +110,12 @@ def weighted_seg_loss(logits, mask, objects=1.0, balance=0.0):
     by their frequency in the batch to the power -balance."""
     logits = F.interpolate(logits, mask.shape[1:], mode="bilinear")
     pixels = torch.bincount(mask[mask != IGNORE], minlength=21) + 1
-    weight = torch.tensor([1.0] + 20 * [objects]) * (pixels.sum() / pixels) ** balance
+    weight = torch.tensor([1.0] + 20 * [objects], device=mask.device)  # (21,)
+    weight = weight * (pixels.sum() / pixels) ** balance
     return F.cross_entropy(logits, mask, weight, ignore_index=IGNORE)
 
 
-def det_loss(det, target, cells, focal=0.0, quality=1.0, radius=1.5):
+def det_loss(det, target, cells, *names, focal=0.0, quality=1.0, radius=1.5):
     """`losses.det_loss` with a focal confidence (arXiv:1708.02002), with the confidence 1 in place
     of the quality of the box, or with positive cells up to another radius."""
     index = losses.assign(target["boxes"], target["labels"], cells, radius)
@@ -198,7 +199,7 @@ def try_idea(task, text, seed, options):
     kept = prepare(task, idea, args)
     samples = {task: MiniSet(options.data, task, "train", args.image_size)}
     train.evaluate = lambda *rest: {}  # the last epoch is measured below
-    run = SimpleNamespace(args=args, train=samples, val={})
+    run = SimpleNamespace(args=args, train=samples, val={}, done=0, total=0, time_left=lambda: "?")
     net = train.new_model(args)
     seconds = sum(row["seconds"] for row in train.train_stage(net, task, run))
     net.load_state_dict(kept or net.state_dict())

@@ -45,6 +45,8 @@ def main():
         box(380, y - 28, 480, y + 28, SHARED, "128")
     for y in (118, 218):
         draw.line([430 * SCALE, y * SCALE, 430 * SCALE, (y + 44) * SCALE], INK, 2 * SCALE)
+        tip = [(430, y), (425, y + 9), (435, y + 9)]
+        draw.polygon([(x * SCALE, v * SCALE) for x, v in tip], INK)
         text(443, y + 22, "+")
 
     # Head: the same two layers for every level
@@ -58,9 +60,11 @@ def main():
 
     # Its 46 channels, in proportion
     top = 60
-    for words, channels, colour in (("0-20\nsegmentation: 21 classes\nlevels are summed", 21, SEG),
-                                    ("21-35\ndetection: box, confidence,\n10 classes a cell", 15, DET),
-                                    ("36-45  classification: 10\nmean of the coarsest level", 10, CLS)):
+    tasks = (("0-20\nsegmentation: 21 classes\nall levels, and the mean of\n"
+              "the coarsest, are summed", 21, SEG),
+             ("21-35\ndetection: box, confidence,\n10 classes a cell", 15, DET),
+             ("36-45  classification: 10\nmean of the coarsest level", 10, CLS))
+    for words, channels, colour in tasks:
         bottom = top + channels * 6
         box(790, top, 985, bottom, colour, words, "white")
         top = bottom

@@ -338,7 +338,8 @@ def random_windows(n, zoom, aspect, device):
     ratio = (uniform(-1, 1, n, 1, device=device) * log(aspect) / 2).exp()
     extent = torch.cat([side * ratio, side / ratio], 1)  # (n, 2)
     start = uniform(0, 1, n, 2, device=device) * (1 - extent)  # inside the image, or around it
-    mirrored = F.pad((uniform(0, 1, n, 1, device=device) < 0.5).float(), (0, 1))  # (n, 2): x only
+    in_x = torch.tensor([1.0, 0.0], device=device)
+    mirrored = (uniform(0, 1, n, 1, device=device) < 0.5) * in_x  # (n, 2)
     return start + mirrored * extent, (1 - 2 * mirrored) * extent
 
 
@@ -361,7 +362,7 @@ def change_colours(x, strength, deviation):
     grey = torch.full((3, 3), 1 / 3, device=x.device)  # the matrix that removes all colour
     matrix = torch.lerp(grey, torch.eye(3, device=x.device), saturation)  # (B, 3, 3)
     matrix = contrast * matrix / deviation.view(3, 1)
-    brightness = 100 * shift / deviation.view(3, 1)  # (B, 3, 1); values have a range of 255
+    brightness = 100 * shift / deviation.view(3, 1)  # (B, 3, 1): at most 30 of 255
     x = torch.baddbmm(brightness, matrix, x.flatten(2)).view_as(x)
     return x.contiguous(memory_format=torch.channels_last)
 
@@ -384,9 +385,7 @@ def move_boxes(target, window, old_size, size):
 def new_folder(path):
     """A temporary folder beside `path` that takes its place once the block is through. Nothing is
     replaced: raises UserError if by then, or before, more than an empty folder is there."""
-    with suppress(OSError):
-        path.rmdir()  # fails unless it is an empty folder
-    if path.exists():
+    if os.path.ismount(path) or path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise UserError(f"{path}: is there already, and nothing is ever overwritten; delete it, or "
                         "name a new folder.")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -395,6 +394,8 @@ def new_folder(path):
         new.mkdir()
         yield new
         try:
+            if path.exists():
+                path.rmdir()  # fails unless it is empty
             new.rename(path)
         except OSError as e:
             raise UserError(f"{path}: another process was faster ({e}).")

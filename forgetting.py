@@ -27,8 +27,8 @@ STRENGTHS = {
                       replay_mix=0, lwf_weight=[5, 1, 1], ewc_lambda=[5, 5, 10],
                       own_channels=[0, 128, 64], shared_lr=[1, 1, 1]),
     # Shapes, learned from scratch: the teacher alone, since labels would be learned by heart
-    "replay from scratch": dict(replay_weight=[0, 0, 0], replay_teacher=[1.2, 3.2, 1.5],
-                                replay_batch=6, replay_mix=0.5, shared_lr=[1, 1, 0.2]),
+    "replay from scratch": dict(replay_weight=[0, 0, 0], replay_teacher=[1.6, 3.6, 1.6],
+                                replay_batch=6, replay_mix=0.5, shared_lr=[1, 0.6, 0.2]),
     # Drift is corrected twice: softer springs, and shared layers that learn faster
     "ewc+lwf": dict(lwf_weight=[1, 0.3, 2], ewc_lambda=[0.5, 5, 10], shared_lr=[1, 2, 1]),
     "ewc+lwf from scratch": dict(shared_lr=[1, 1, 1]),  # twice that rate diverged

@@ -91,10 +91,11 @@ def assign(boxes, labels, cells, radius=1.5):
     """Which box each cell has to predict: boxes (B, M, 4), labels (B, M), cells (N, 3) -> index
     (B, N), -1 = none.
 
-    A box belongs to the level of 4 to 8 strides for its longer side. A cell takes it if it holds
-    the box's centre, or if its own centre lies inside the box and less than `radius` strides from
-    the box's centre in x and y. Where several boxes claim a cell the smallest gets it (FCOS's
-    rule): a large one has other cells.
+    A box belongs to the level of which its longer side has 4 to 8 strides; the finest and the
+    coarsest also take what is smaller or larger. A cell takes it if it holds the box's centre, or
+    if its own centre lies inside the box and less than `radius` strides from the box's centre in
+    x and y. Where several boxes claim a cell the smallest gets it (FCOS's rule): a large one has
+    other cells.
     """
     x, y, stride = (v.view(1, -1, 1) for v in cells.unbind(1))  # each (1, N, 1)
     x1, y1, x2, y2 = (v.unsqueeze(1) for v in boxes.unbind(2))  # each (B, 1, M)

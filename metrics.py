@@ -61,7 +61,8 @@ def mean_ap(predictions, truth, classes=10):
 
     predictions: per image (boxes (K, 4) in original pixels, scores (K,), labels (K,)); truth: that
     of `data.load_det`. A class without truth is left out of the mean, one with truth but no
-    detection counts as 0, and crowds are neither hit nor miss. A MiniSet has a box at least.
+    detection counts as 0, and crowds are neither hit nor miss. One real box is needed: a MiniSet has
+    it.
     """
     annotations = []
     for image, box in ((i, box) for i, record in enumerate(truth) for box in record["boxes"]):
@@ -270,8 +271,8 @@ def digest(path):
     """SHA-256 over a file, or over a folder: the names in it and their contents. Linked folders
     count as what they link to."""
     result, path = hashlib.sha256(), Path(path)
-    inside = glob("**", root_dir=path, recursive=True, include_hidden=True)
-    for file in sorted(path / name for name in inside or [""]):
+    names = glob("**", root_dir=path, recursive=True, include_hidden=True)
+    for file in [path] if path.is_file() else sorted(path / name for name in names):
         if file.is_file():
             result.update(os.fsencode(file.relative_to(path)) + file.read_bytes())
     return result.hexdigest()
@@ -296,7 +297,7 @@ def write(draw, at, text, anchor="lm", size=28):
 
 def ticks(high):
     """Round values from 0 to `high`, at most eleven, with their texts."""
-    step = next(n * 10 ** k for k in range(-3, 9) for n in (1, 2, 5) if high <= 10 * n * 10 ** k)
+    step = next(n * 10 ** k for k in range(-3, 39) for n in (1, 2, 5) if high <= 10 * n * 10 ** k)
     return {i * step: f"{i * step:g}" for i in range(int(high / step + 1e-9) + 1)}
 
 
@@ -394,7 +395,7 @@ def look_at(photo, model, size, classes):
     model.eval()
     image = pil_to_tensor(photo.resize((size, size), Image.BILINEAR))[None]  # (1, 3, size, size)
     out = model(normalise(image.to(next(model.parameters()).device)))
-    shape = min(photo.height, 1024), min(photo.width, 1024)  # as many logits as memory holds
+    shape = min(photo.height, 1024), min(photo.width, 1024)  # at most: each pixel has 21 logits
     logits = F.interpolate(out["seg"], shape, mode="bilinear")  # (1, 21, H, W)
     mask = Image.fromarray(logits[0].argmax(0).byte().cpu().numpy())
     rows = out["det"][0, :, :5 + len(classes["det"])].cpu()  # no class without a name
@@ -515,6 +516,8 @@ def predict(args):
                      "class": {"label": label, "probability": chance}})
         things = ", ".join(f"{name} {score:.2f}" for _, name, score in found["det"]) or "no boxes"
         print(f"{path}: class {label} {chance:.2f}; {things}")
+    if not rows:
+        raise UserError("--predict: none of the photos is readable; name others.")
     write_json(out / "predictions.json", rows)
     print(f"{len(rows)} of {len(photos)} photos: annotated copies, masks/ and predictions.json are "
           f"in {out}")

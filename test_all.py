@@ -723,6 +723,7 @@ def test_fisher_is_that_of_a_loop_over_single_images(held_by_ewc, few_run):
     expected = slow_fisher(model, few_run.train["det"])
     assert expected.count_nonzero() > 100_000
     torch.testing.assert_close(ewc.terms["det"][0], expected, rtol=1e-2, atol=1e-4)
+    assert torch.equal(ewc.terms["det"][1], weights_of(model))
 
 
 def test_ewc_penalty_and_its_gradient_by_hand(held_by_ewc):
@@ -1885,6 +1886,7 @@ def test_damaged_sets_are_refused_or_the_difference_is_named(shapes, tmp_path, c
 WRONG_FLAGS = [
     ("--strategy prayer", "prayer: choose none, joint"),
     ("--strategy joint+ewc", "joint+ewc: choose none, joint"),
+    ("--strategy joint --conf-loss focal --conf-warmup 2", "joint: has no --conf-warmup"),
     ("--strategy ewc+ewc", "each once"),
     ("--strategy isolation+ewc", "stored weights do not fit"),
     ("--strategy isolation --neck none", "isolation widens an FPN"),
@@ -1958,8 +1960,9 @@ def test_with_photos_the_defaults_are_others(empty_cwd):
 @pytest.mark.parametrize("flags, expected", [
     ("--weights imagenet --strategy lwf", dict(lwf_weight=[5, 1, 1], shared_lr=[1, 1, 1])),
     ("--weights imagenet --strategy replay", dict(replay_teacher=[6, 6, 3], shared_lr=[1, 1, 1])),
-    ("--strategy replay", dict(replay_teacher=[1.2, 3.2, 1.5], shared_lr=[1, 1, 0.2],
-                               replay_batch=6)),
+    ("--strategy replay", dict(replay_teacher=[1.6, 3.6, 1.6], shared_lr=[1, 0.6, 0.2],
+                               replay_weight=[0, 0, 0], replay_batch=6, replay_mix=0.5)),
+    ("--report 1", dict(replay_weight=[1, 1, 1], replay_teacher=[0, 0, 0], replay_mix=0)),
     ("--weights imagenet --strategy lwf+ewc", dict(lwf_weight=[1, 0.3, 2], shared_lr=[1, 2, 1])),
     ("--strategy ewc+lwf", dict(lwf_weight=[1, 0.3, 2], shared_lr=[1, 1, 1])),
     ("--strategy isolation+lwf", dict(own_channels=[0, 128, 64], shared_lr=[1, 0, 0])),
@@ -1975,7 +1978,7 @@ def test_strengths_follow_strategy_and_weights(flags, expected, empty_cwd):
 
 
 def test_a_run_is_named_by_strategy_and_seed(empty_cwd, monkeypatch):
-    monkeypatch.setattr(train, "run", lambda args: args.out)
+    monkeypatch.setattr(train, "run_seed", lambda args: args.out)
     assert train.main(["--strategy", "ewc", "--seed", "4"]) == "runs/ewc-seed4"
     assert train.main(["--report", "2"]) == "runs/report2-replay-seed0"
     assert train.main(["--out", "mine"]) == "mine"
@@ -2019,7 +2022,9 @@ def test_every_strategy_runs_and_shares_the_baselines(strategy, bn, shapes, fini
     out = finished[0].parent / f"{strategy}-{bn}"
     results = train.main(tiny_flags(shapes, out, "--strategy", strategy, "--bn", bn))
     assert results["baseline"] == finished[1]["baseline"]
-    assert "Baseline: " not in capsys.readouterr().out  # none was trained again
+    said = capsys.readouterr().out
+    assert "Baseline: " not in said  # none was trained again
+    assert [line for line in said.splitlines() if " epoch " in line][-1].endswith(" 0:00 left")
     penalised = [row["penalty"] > 0 for row in results["history"]]
     if strategy == "joint":
         assert penalised == [True]
@@ -2139,16 +2144,14 @@ def test_a_run_interrupted_20_times_ends_bit_identical(strategy, few, tmp_path, 
     assert len(set(interruption.met)) == 4
 
 
-def killed_after(epochs, flags):
-    """Starts the command in a process and kills it after some epochs -> what it said."""
-    said, command = "", [sys.executable, train.__file__, *flags]
+def kill_at(text, flags):
+    """Starts the command in a process and kills it as soon as it says `text`."""
+    command = [sys.executable, train.__file__, *flags]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8") as process:
         for line in process.stdout:
-            said += line
-            if said.count(" epoch ") == epochs:
+            if text in line:
                 process.kill()
     assert process.returncode not in (0, 2)
-    return said
 
 
 def test_a_process_killed_twice_loses_nothing(shapes, finished, tmp_path, capsys):
@@ -2156,8 +2159,8 @@ def test_a_process_killed_twice_loses_nothing(shapes, finished, tmp_path, capsys
     whole, cut = finished[0].parent / "replay+lwf+isolation-fixed", tmp_path / "run"
     train.main(tiny_flags(shapes, whole, *mix))  # perhaps finished already
     flags = tiny_flags(shapes, cut, *mix)
-    assert "seg epoch" in killed_after(2, flags)  # the baselines of seg and det
-    assert "Stage 2" in killed_after(2, flags)  # the baseline of cls, and Stage 2
+    kill_at("det epoch", flags)  # of a baseline
+    kill_at("after stage 2", flags)
     capsys.readouterr()
     train.main(flags)
     said = capsys.readouterr().out
@@ -2526,9 +2529,14 @@ def test_predict_finds_things_in_the_photos_own_upright_pixels(photos, finished,
         train.main([*flags, "--out", str(photos)])
 
 
-def test_predict_without_a_photo_is_an_error(finished, tmp_path):
-    for photos in ([], [str(tmp_path)]):
-        with pytest.raises(UserError, match="no photo"):
+def test_predict_without_a_readable_photo_is_an_error(finished, tmp_path, empty_cwd):
+    file = tmp_path / "text/a.txt"
+    file.parent.mkdir()
+    file.write_text("no photo")
+    (tmp_path / "empty").mkdir()
+    for photos, text in (([], "no photo"), ([str(tmp_path / "empty")], "no photo"),
+                         ([str(file.parent)], "none of the photos is readable")):
+        with pytest.raises(UserError, match=text):
             train.main(["--predict", str(finished[0] / "model.pt"), *photos])
 
 

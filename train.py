@@ -43,13 +43,14 @@ RECIPES = {"shapes": dict(weights="none", image_size=128, epochs=[20, 20, 16],
 REPORTS = {
     None: {},
     0: dict(strategy="replay+ewc+freeze", taps=[12], neck="conv2", width=256, epochs=[5, 5, 5],
-            box_loss="mse", replay_tasks=["seg"], replay_weight=[1, 1, 0],
+            box_loss="mse", replay_tasks=["seg"], replay_mix=0, replay_weight=[1, 1, 0],
             replay_teacher=[0, 0, 0], ewc_lambda=[5, 0, 0]),
     1: dict(strategy="replay", backbone="fast_scnn", neck="none", weights="none",
-            trunk_lr=[1.0, 1.0, 1.0], replay_weight=[1, 1, 1], replay_teacher=[0, 0, 0]),
+            trunk_lr=[1.0, 1.0, 1.0], shared_lr=[1, 1, 0.2], replay_mix=0,
+            replay_weight=[1, 1, 1], replay_teacher=[0, 0, 0]),
     2: dict(strategy="replay", taps=[3, 6, 12], head_stride=8, epochs=[20, 20, 20],
-            box_loss="mse", replay_tasks=["seg"], replay_batch=4, replay_weight=[0.8, 0.8, 0],
-            replay_teacher=[0, 0, 0]),
+            box_loss="mse", replay_tasks=["seg"], replay_batch=4, replay_mix=0,
+            replay_weight=[0.8, 0.8, 0], replay_teacher=[0, 0, 0]),
     3: dict(strategy="ewc", taps=[12], neck="none", head_layers=3, epochs=[30, 30, 15],
             lr=[5e-4, 5e-4, 1e-4], box_loss="smooth_l1", ewc_lambda=[3, 5, 5]),
     4: dict(strategy="ewc", taps=[12], neck="conv1x1", width=160, hidden=160, head_stride=16,
@@ -86,7 +87,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
     """Ends a flag's help with its default, unless that depends on data and strategy: None."""
 
     def _get_help_string(self, action):
-        known = action.default not in (None, False, argparse.SUPPRESS)
+        known = not any(action.default is v for v in (None, False, argparse.SUPPRESS))
         return action.help + " (default: %(default)s)" * known
 
 
@@ -136,14 +137,14 @@ def add_settings(parser):
         help="of the one map that the head reads (default: every level of the neck)")
 
     add = parser.add_argument_group("training (X: one value, or three: seg det cls)").add_argument
-    add("--weights", help="of the backbone: imagenet, none, or a file")
+    add("--weights", help="of the backbone: imagenet, none, or a file that holds one")
     add("--image-size", type=numbers(32, 4096, int), help="pixels a side, a multiple of 32")
     add("--epochs", **THREE, type=numbers(1, kind=int), help="of each stage")
     add("--lr", **THREE, type=numbers(1e-9), help="peak learning rate of neck and head")
     add("--trunk-lr", **THREE, type=numbers(0), help="the backbone's share of it")
     add("--batch-size", type=numbers(1, kind=int), help="images a step")
     add("--box-loss", choices=["giou", "smooth_l1", "mse"], default="giou",
-        help="of detection: of the box, or two of its offsets")
+        help="of detection: giou of the box, or one of its four offsets")
     add("--conf-loss", choices=["bce", "focal"], default="bce",
         help="of detection; focal has gamma 1")
     add("--conf-warmup", type=numbers(0, kind=int), default=0, help="epochs of bce before focal")
@@ -156,7 +157,7 @@ def add_settings(parser):
     add("--replay-tasks", nargs="+", choices=TASKS[:2], default=["seg", "det"],
         help="old tasks to replay")
     add("--replay-batch", type=numbers(1, kind=int), help="stored images per old task in a step")
-    add("--replay-mix", type=numbers(0, 0.5), help="at most this share of another one in each")
+    add("--replay-mix", type=numbers(0, 0.5), help="largest share of another blended in")
     add("--replay-weight", **THREE, type=numbers(0), help="weight of their labels")
     add("--replay-teacher", **THREE, type=numbers(0), help="weight of old answers on them")
     add("--lwf-weight", **THREE, type=numbers(0), help="weight of old answers on new images")
@@ -181,14 +182,18 @@ def parse(argv):
     parser = make_parser()
     parser.set_defaults(**REPORTS[parser.parse_args(argv).report])  # other flags override them
     args = parser.parse_args(argv)
+    if args.strategy == "joint" and args.conf_warmup:
+        parser.error("--strategy joint: has no --conf-warmup")
     if "isolation" in args.strategy and (args.neck, args.head_layers) != ("fpn", 2):
         parser.error("--strategy: isolation widens an FPN and a head of two layers, no others")
     if args.image_size and args.image_size % 32:
         parser.error(f"--image-size {args.image_size}: must be a multiple of 32, the last stride")
-    out, to_json = Path(args.out or ""), args.eval or args.benchmark
-    wrong = out.suffix != ".json" or out.is_dir() if to_json else out.is_file()
-    if args.out and wrong:
-        parser.error(f"--out {out}: must be a {'.json file' if to_json else 'folder'}, but is not")
+    out = Path(args.out or "")
+    if args.eval or args.benchmark:
+        if args.out and (out.suffix != ".json" or out.is_dir()):
+            parser.error(f"--out {out}: must be a .json file, but is not")
+    elif out.is_file():
+        parser.error(f"--out {out}: must be a folder, but is not")
     if not args.predict:
         args.data = find_data(args.data)
     for name, value in defaults_for(args).items():
@@ -268,7 +273,7 @@ def train_epoch(model, task, run, remedies, optimizer, scaler, epoch):
     """Shows every training image once -> (mean loss, mean penalty, last learning rate). Raises
     UserError, naming the images, if the loss is not finite."""
     args, stage, samples, sums = run.args, TASKS.index(task), run.train[task], np.zeros(2)
-    batches = torch.randperm(len(samples)).split(args.batch_size)
+    batches = torch.randperm(len(samples), device=args.device).cpu().split(args.batch_size)
     losses = args.box_loss, (args.conf_loss if epoch > args.conf_warmup else "bce")
     model.train()
     for step, indices in enumerate(batches, (epoch - 1) * len(batches) + 1):
@@ -318,7 +323,9 @@ def train_stage(model, task, run, remedies=(), shared_lr=1.0, file=None, title="
         history.append(row)
         if file:  # keeps all that the rest of the stage depends on
             states = {name: part.state_dict() for name, part in parts.items()}
-            random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+            random = [torch.get_rng_state()]
+            if "cuda" in args.device:
+                random.append(torch.cuda.get_rng_state())
             write_checkpoint(file, states | {"random": random, "history": history})
         print(f"{task} epoch {epoch:3}/{args.epochs[stage]}  loss {loss:.4f}  "
               f"penalty {penalty:.4f}  lr {lr:.1e}  {speed:.0f} images/s  {run.time_left()} left",
@@ -334,9 +341,10 @@ def restore(file, parts):
         return []
     for name, part in parts.items():
         part.load_state_dict(saved[name])
-    cpu, *gpus = saved["random"]
+    cpu, *gpu = saved["random"]
     torch.set_rng_state(cpu)
-    torch.cuda.set_rng_state_all(gpus)
+    for state in gpu:  # one, or none
+        torch.cuda.set_rng_state(state)
     return saved["history"]
 
 
@@ -360,16 +368,17 @@ class Run:
                                 "one cell; choose another --batch-size.")
         self.data = {t: digest(Path(args.data) / FOLDERS[t]) for t in TASKS}
         self.surroundings = surroundings(args)
-        stages = args.epochs[1:] if args.bn == "fixed" else args.epochs  # the first is a baseline
-        if args.strategy == "joint":
-            stages = args.epochs[:1]
+        joint = args.strategy == "joint"
+        self.tasks = TASKS[:1] if joint else TASKS  # of the stages
+        self.starts_alone = args.bn == "fixed" and not joint  # Stage 1 is a baseline as well
+        stages = args.epochs[1:] if self.starts_alone else args.epochs[:len(self.tasks)]
         self.done, self.total = 0, sum(args.epochs) + sum(stages)  # epochs
 
     def time_left(self):
         """What is left at the mean pace of the epochs done, as minutes:seconds."""
         pace = (time.perf_counter() - self.start) / self.done
-        left = pace * max(0, self.total - self.done)
-        return f"{left // 60:.0f}:{left % 60:02.0f}"
+        left = round(pace * max(0, self.total - self.done))
+        return f"{left // 60}:{left % 60:02}"
 
 
 def code_digest(*modules):
@@ -395,14 +404,19 @@ def train_alone(task, run):
            args.image_size, args.batch_size, args.device, args.eval_every, run.surroundings,
            args.box_loss, args.conf_loss, args.conf_warmup, *(getattr(args, n) for n in NETWORK)]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    file = Path(args.out).parent / ".baselines" / f"{task}-{name}.pt"
+    whole = Path(args.out).parent / ".baselines" / f"{task}-{name}.pt"
+    own = Path(args.out) / f"stage-{task}-alone.pt"  # no other run writes there
     model = new_model(args)
-    return model, train_stage(model, task, run, file=file, title=f"Baseline: {task} alone")
+    file = whole if whole.exists() else own
+    history = train_stage(model, task, run, file=file, title=f"Baseline: {task} alone")
+    if file == own:
+        own.replace(whole)
+    return model, history
 
 
 def all_at_once(run):
     """Multitask learning (Caruana 1997), often the upper target: L = L_seg + L_det + L_cls
-    -> remedies that make it of a stage of seg: they replay the other training sets, in proportion
+    -> the remedies that turn Stage 1 into it: they replay the other training sets, in proportion
     to their epochs, so that an image is seen about as often as in its own stage. All learn at the
     rates of Stage 1."""
     args, remedies = run.args, []
@@ -421,13 +435,12 @@ def run_stages(run, baselines):
     {text: what it sees in `examples`} after each stage). Joint training has the first one only."""
     args, history, strips = run.args, [], {}
     joint = args.strategy == "joint"
-    tasks = TASKS[:1] if joint else TASKS
     remedies = all_at_once(run) if joint else build(args)
     model = new_model(args)
     if args.bn == "live":
         model.fix_batchnorm([])
-    for stage, task in enumerate(tasks):
-        if stage == 0 and args.bn == "fixed" and not joint:  # its own baseline
+    for stage, task in enumerate(run.tasks):
+        if stage == 0 and run.starts_alone:
             alone, rows = baselines[task]
             model.load_state_dict(alone.state_dict())
             history += [dict(row) for row in rows]
@@ -442,7 +455,7 @@ def run_stages(run, baselines):
         print(f"after stage {stage + 1}: "
               + ", ".join(f"{NAMES[t]} {history[-1][t]:.3f}" for t in TASKS), flush=True)
         strips[f"after Stage {stage + 1}"] = examples(run.val, run.classes, model)
-        if task != tasks[-1]:
+        if task != run.tasks[-1]:
             start = time.perf_counter()
             for remedy in remedies:
                 remedy.remember(task, model, run.train[task])
@@ -522,6 +535,7 @@ def benchmark(args):
     file = Path(args.out or "benchmark.json")
     try_folder(file.parent)
     this, speed = Run(argparse.Namespace(**vars(args) | {"epochs": [1] * 3, "seed": 0})), {}
+    this.total = len(TASKS)  # epochs, without baselines
     for stage, task in enumerate(TASKS):
         model, remedies = new_model(this.args), build(this.args)
         for old, remedy in product(TASKS[:stage], remedies):
@@ -554,13 +568,14 @@ def main(argv=None):
     if args.benchmark:
         return benchmark(args)
     report = "" if args.report is None else f"report{args.report}-"
-    results, out = [], args.out or f"runs/{report}{args.strategy}"
-    for seed in dict.fromkeys(args.seed):
-        folder = out if args.out and len(args.seed) == 1 else f"{out}-seed{seed}"
-        results.append(run_seed(argparse.Namespace(**{**vars(args), "seed": seed, "out": folder})))
+    out = args.out or f"runs/{report}{args.strategy}"
+    seeds = list(dict.fromkeys(args.seed))
+    folders = [out] if args.out and len(args.seed) == 1 else [f"{out}-seed{seed}" for seed in seeds]
+    results = [run_seed(argparse.Namespace(**vars(args) | {"seed": seed, "out": folder}))
+               for seed, folder in zip(seeds, folders)]
     if len(results) == 1:
         return results[0]
-    print(f"\n{compare(r['args']['out'] for r in results)}")
+    print(f"\n{compare(folders)}")
     return results
 
 

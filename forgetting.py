@@ -1,11 +1,13 @@
 """Remedies against forgetting, each a small class. `--strategy` names one, or several joined by +.
 
 To add one, write a class with those methods of `Remedy` that it needs, and enter it in REMEDIES
-before isolation. Its flags, if any, go into `train.add_settings`, and those with three values
-also into the first row of STRENGTHS. Autograd does the rest. MAS (arXiv:1711.09601), for instance,
-is a child of EWC whose `importance` has two lines changed: `model(images, (task,))[task].square()
-.sum().backward()`, of detection without the boxes, which are pixels ([..., 4:]), and
-`fisher + gradient.abs() / len(samples)`. Its strength is that of --ewc-lambda.
+before freeze and isolation, which change the model. Its flags, if any, go into `train.add_settings`, and those with three values
+also into the first row of STRENGTHS. Autograd does the rest.
+
+MAS (arXiv:1711.09601), for instance, is a child of EWC with its own `importance`. Copy that method,
+leave out its `continue`, and change two lines: the gradient is that of
+    model(images, (task,))[task].square().sum()  (of detection without the boxes: [..., 4:])
+and what is added up is `gradient.abs()`. The strength is then --ewc-lambda.
 """
 import argparse
 import random
@@ -69,7 +71,7 @@ class Replay(Remedy):
     """Rehearsal (Robins 1995, "Catastrophic forgetting, rehearsal and pseudorehearsal") with labels
     and the previous model's answers (DER++, Buzzega et al. 2020, arXiv:2004.07211, eq. 6).
 
-        L = L_new + Σ_old weight_old · L_old + teacher_old · D_old(outputs now, previous model's)
+        L = L_new + Σ_old (weight_old · L_old + teacher_old · D_old(outputs now, those before))
 
     on at most 10 stored images per old task, chosen once with the run's seed so that they cover the
     classes. Ten images are soon learned by heart; answers say more about each than its labels do.
@@ -153,9 +155,8 @@ class EWC(Remedy):
         L = L_new + Σ_old λ_old/2 Σ_i F_i (θ_i - θ*_i)²
 
     θ* are the weights at the end of the old task's stage, F the diagonal of its empirical Fisher
-    information (at true labels, not at labels that the model draws). The one difference to the
-    paper: F is divided by its mean, which differs thirtyfold between tasks; so λ is the mean
-    stiffness of the springs.
+    information: at the true labels. Unlike the paper's, F is divided by its mean, which differs
+    thirtyfold between tasks: so λ is the mean stiffness of the springs.
     """
     stores_weights = True
 

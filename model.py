@@ -184,7 +184,7 @@ class OneHead(nn.Module):
         """
         maps = self.backbone(images)  # (B, 24, H/8, W/8), (B, 48, H/16, W/16), (B, 576, H/32, W/32)
         if set(tasks) == {"cls"} and not self.arch["head_stride"]:
-            maps = maps[-1:]  # the coarsest level, which does not depend on the finer ones
+            maps = maps[-1:]  # the FPN starts with the last map: finer ones do not change it
         levels = self.levels(maps, images.shape[2:])
         outputs = [self.head(level) for level in levels]  # (B, 46, H/s, W/s) each
 
@@ -248,7 +248,12 @@ class OneHead(nn.Module):
 def add_channels(conv, inputs, outputs, old):
     """Adds inputs and outputs to a convolution, in place, as two blocks that do not meet -> what is
     held, as in `OneHead.held`: the rows `old`, which read old inputs. All others start afresh (as
-    PyTorch starts a convolution) on new inputs or, where there are none, on the backbone."""
+    PyTorch starts a convolution) on new inputs or, where there are none, on the backbone.
+
+                 old inputs   new inputs
+        old      held         0, held
+        others   0, held      fresh
+    """
     out, into = conv.weight.shape[:2]
     new = [row for row in range(out + outputs) if row not in old]
     fresh = nn.Conv2d(inputs or into, len(new), conv.kernel_size)

@@ -1,8 +1,9 @@
 """Remedies against forgetting, each a small class. `--strategy` names one, or several joined by +.
 
 To add one, write a class with those methods of `Remedy` that it needs, and enter it in REMEDIES
-before freeze and isolation, which change the model. Its flags, if any, go into `train.add_settings`, and those with three values
-also into the first row of STRENGTHS. Autograd does the rest.
+before freeze and isolation, which change the model. Its flags, if any, go into
+`train.add_settings`, and those with three values also into the first row of STRENGTHS. Autograd
+does the rest.
 
 MAS (arXiv:1711.09601), for instance, is a child of EWC with its own `importance`. Copy that method,
 leave out its `continue`, and change two lines: the gradient is that of

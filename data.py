@@ -338,8 +338,8 @@ def random_windows(n, zoom, aspect, device):
     ratio = (uniform(-1, 1, n, 1, device=device) * log(aspect) / 2).exp()
     extent = torch.cat([side * ratio, side / ratio], 1)  # (n, 2)
     start = uniform(0, 1, n, 2, device=device) * (1 - extent)  # inside the image, or around it
-    in_x = torch.tensor([1.0, 0.0], device=device)
-    mirrored = (uniform(0, 1, n, 1, device=device) < 0.5) * in_x  # (n, 2)
+    mirrored = (uniform(0, 1, n, 1, device=device) < 0.5).float()
+    mirrored = torch.cat([mirrored, torch.zeros_like(mirrored)], 1)  # (n, 2): in x only
     return start + mirrored * extent, (1 - 2 * mirrored) * extent
 
 

@@ -12,6 +12,7 @@ import json
 import math
 import sys
 import time
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -95,7 +96,8 @@ def make_parser():
     tables = [f"  {row:34}" + ", ".join(f"{flag} {value}" for flag, value in values.items())
               for row, values in (RECIPES | STRENGTHS).items()]
     parser = argparse.ArgumentParser(
-        usage="python train.py [--flag VALUE ...]", description=__doc__, formatter_class=Help,
+        usage="python train.py [--flag VALUE ...]", description=__doc__,
+        formatter_class=partial(Help, max_help_position=30),
         epilog="\n".join(["other defaults, by data and strategy:", *tables]))
     add = parser.add_argument_group("the run").add_argument
     add("--strategy", type=strategy, default="replay", help="against forgetting: none, any of "

@@ -77,8 +77,8 @@ class Replay(Remedy):
     on at most 10 stored images per old task, chosen once with the run's seed so that they cover the
     classes. Ten images are soon learned by heart; answers say more about each than its labels do.
     DER++ stores them; here each draw is another window, and so the previous model is asked anew.
-    `--replay-mix` blends the images, which makes more of ten: a teacher that sees the very same
-    blends can answer about any (function matching, Beyer et al. 2021, arXiv:2106.05237).
+    `--replay-mix` blends the images: a teacher that sees the very same blends can answer about any
+    (function matching, Beyer et al. 2021, arXiv:2106.05237). Labels are those of the larger share.
     """
 
     def __init__(self, args):
@@ -106,7 +106,7 @@ class Replay(Remedy):
                     share = self.args.replay_mix * torch.rand(len(x), 1, 1, 1, device=x.device)
                     x = torch.lerp(x, x.roll(1, 0), share)  # (B, 3, s, s)
                 now = model(x, (old,))
-            if weight:  # labels are those of the larger share
+            if weight:
                 total = total + weight * task_loss(old, now, target, *self.losses)
             if teaching:
                 total = total + teaching * distance(old, now, self.teacher(x, (old,)))

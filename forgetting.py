@@ -172,8 +172,8 @@ class EWC(Remedy):
         self.terms[task] = fisher, flat(model.parameters()).detach()
 
     def importance(self, task, model, samples):
-        """1/n Σ_n (∂L(image n) / ∂θ)² -> a vector. One training image at a time (no square of
-        the mean gradient), augmented once, at its true labels, in eval mode."""
+        """1/n Σ_n (∂L(image n) / ∂θ)² -> a vector. One training image at a time (the square of
+        their mean gradient is another thing), augmented once, in eval mode."""
         fisher = torch.zeros_like(flat(model.parameters()))
         stored = take(samples.batch, slice(None), self.args.device)
         model.eval()

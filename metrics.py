@@ -61,8 +61,7 @@ def mean_ap(predictions, truth, classes=10):
 
     predictions: per image (boxes (K, 4) in original pixels, scores (K,), labels (K,)); truth: that
     of `data.load_det`. A class without truth is left out of the mean, one with truth but no
-    detection counts as 0, and crowds are neither hit nor miss. One real box is needed: a MiniSet has
-    it.
+    detection counts as 0, and crowds are neither hit nor miss. `truth` must have a box.
     """
     annotations = []
     for image, box in ((i, box) for i, record in enumerate(truth) for box in record["boxes"]):

@@ -100,6 +100,20 @@ NECKS = {"fpn": FeaturePyramidNetwork,
          "none": lambda channels, width: nn.Identity()}
 
 
+def make_head(into, hidden, layers):
+    """Hidden layer, ReLU, output layer. Of three layers two are the hidden one, with BatchNorm."""
+    first = nn.Conv2d(into, hidden, 3, padding=1)
+    if layers == 3:
+        first = nn.Sequential(ConvNorm(into, hidden, 3),
+                              ConvNorm(hidden, hidden, 3, activation_layer=None))
+    output = nn.Conv2d(hidden, 46, 1)
+    nn.init.normal_(output.weight, std=0.01)
+    nn.init.zeros_(output.bias)
+    with torch.no_grad():  # or thousands of empty cells would drown the first steps
+        output.bias[DET][4] = torch.tensor(PRIOR).logit()
+    return nn.Sequential(first, nn.ReLU(), output)
+
+
 class OneHead(nn.Module):
     """Backbone + neck + a head that emits all three tasks.
 
@@ -134,16 +148,7 @@ class OneHead(nn.Module):
         if head_layers == 3 and len(self.strides) > 1:
             raise UserError("--head-layers 3: its BatchNorm needs one map; give a --head-stride.")
         self.neck = NECKS[neck](channels, width)
-        into = channels[-1] if neck == "none" else width
-        first = nn.Conv2d(into, hidden, 3, padding=1)
-        if head_layers == 3:
-            first = nn.Sequential(ConvNorm(into, hidden, 3),
-                                  ConvNorm(hidden, hidden, 3, activation_layer=None))
-        self.head = nn.Sequential(first, nn.ReLU(), nn.Conv2d(hidden, 46, 1))
-        nn.init.normal_(self.head[2].weight, std=0.01)
-        nn.init.zeros_(self.head[2].bias)
-        with torch.no_grad():  # or thousands of empty cells would drown the first steps
-            self.head[2].bias[DET][4] = torch.tensor(PRIOR).logit()
+        self.head = make_head(channels[-1] if neck == "none" else width, hidden, head_layers)
         for layer in self.batchnorms().values():
             layer.momentum = 0.1  # torchvision's 0.01 needs hundreds of steps to settle
         self.train()

@@ -112,8 +112,7 @@ def read_mask(path):
     used = set(np.unique(mask).tolist())
     binary = IGNORE in used and used <= {0, IGNORE}  # everything would be ignored
     if mask.mode not in ("P", "L") or not used <= {*range(21), IGNORE} or binary:
-        raise UserError(f"{path}: a mask must be a palette PNG with the values 0-20 and 255 only, "
-                        "and not of 0 and 255 alone.")
+        raise UserError(f"{path}: must be a palette PNG of 0-20 and 255, not of 0 and 255 alone.")
     palette = mask.getpalette() or []  # VOC's colours tell if an editor renumbered the classes
     if any(VOC_COLOURS.get(tuple(palette[3 * i:3 * i + 3]), i) != i for i in used):
         raise UserError(f"{path}: VOC's colours, but not its indices; save it with VOC's palette.")
@@ -205,8 +204,7 @@ def load_seg(path, size):
     """A photo and the mask beside it -> (PIL image, {"mask": (size, size)}, truth: the mask)."""
     image, truth = open_image(path), read_mask(path.with_suffix(".png"))
     if truth.shape != (image.height, image.width):
-        raise UserError(f"{path}: {image.size} pixels, but its mask has {truth.shape[::-1]}; "
-                        "replace one of them.")
+        raise UserError(f"{path}: {image.size} pixels, its mask {truth.shape[::-1]}; replace one.")
     mask = Image.fromarray(truth).resize((size, size), Image.NEAREST)
     return image, {"mask": torch.from_numpy(np.array(mask))}, truth
 
@@ -338,8 +336,8 @@ def random_windows(n, zoom, aspect, device):
     ratio = (uniform(-1, 1, n, 1, device=device) * log(aspect) / 2).exp()
     extent = torch.cat([side * ratio, side / ratio], 1)  # (n, 2)
     start = uniform(0, 1, n, 2, device=device) * (1 - extent)  # inside the image, or around it
-    mirrored = (uniform(0, 1, n, 1, device=device) < 0.5).float()
-    mirrored = torch.cat([mirrored, torch.zeros_like(mirrored)], 1)  # (n, 2): in x only
+    mirrored = uniform(0, 1, n, 1, device=device) < 0.5
+    mirrored = F.pad(mirrored.float(), (0, 1))  # (n, 2): in x only
     return start + mirrored * extent, (1 - 2 * mirrored) * extent
 
 
@@ -368,8 +366,7 @@ def change_colours(x, strength, deviation):
 
 
 def move_boxes(target, window, old_size, size):
-    """Where the windows show the boxes. A box gets the label -1 where less than a fifth of it, or
-    less than 2 px a side, stays visible."""
+    """Where windows show the boxes; label -1 if less than a fifth, or than 2 px a side, is seen."""
     start, extent = (v[:, None, None] for v in window)  # each (B, 1, 1, 2)
     corners = target["boxes"].unflatten(2, (2, 2)) / old_size  # (B, M, 2, 2)
     corners = (corners - start) / extent * size
@@ -386,8 +383,7 @@ def new_folder(path):
     """A temporary folder beside `path` that takes its place once the block is through. Nothing is
     replaced: raises UserError if by then, or before, more than an empty folder is there."""
     if os.path.ismount(path) or path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise UserError(f"{path}: is there already, and nothing is ever overwritten; delete it, or "
-                        "name a new folder.")
+        raise UserError(f"{path}: is there already; delete it, or name a new folder.")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{path.name}.", dir=path.parent) as temporary:
         new = Path(temporary) / "new"
@@ -480,8 +476,7 @@ def select(candidates, wanted, rng, taken, fetch):
 
 
 def prepare(root, originals, seed, fetch):
-    """Writes the three mini-sets to the folder `root`, sampled from `originals`. Raises UserError
-    if too few photos are left."""
+    """Writes the mini-sets to `root`, sampled from `originals`; UserError if too few are left."""
     rng, taken = random.Random(seed), []
     for task, (split, wanted) in product(TASKS, COUNTS.items()):
         candidates, folder = pool(originals, task, split), root / FOLDERS[task]

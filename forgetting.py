@@ -2,11 +2,11 @@
 
 To add one, write a class with those methods of `Remedy` that it needs, and enter it in REMEDIES
 before freeze and isolation, which change the model. Its flags, if any, go into
-`train.add_settings`, and those with three values also into the first row of STRENGTHS. Autograd
+`train.make_parser`, and those with three values also into the first row of STRENGTHS. Autograd
 does the rest.
 
-MAS (arXiv:1711.09601), for instance, is a child of EWC with its own `importance`. Copy that method,
-leave out its `continue`, and change two lines: the gradient is that of
+MAS (arXiv:1711.09601), for instance, is a child of EWC with its own `importance`. Copy that method
+without its `if` and change two lines: the gradient is that of
     model(images, (task,))[task].square().sum()  (of detection without the boxes: [..., 4:])
 and what is added up is `gradient.abs()`. The strength is then --ewc-lambda.
 """
@@ -27,11 +27,11 @@ PAIRS = (("det", "seg"), ("cls", "seg"), ("cls", "det"))  # a stage's new task a
 # they differ the last one counts. Strategies that no row names have not been tuned.
 STRENGTHS = {
     "otherwise": dict(replay_weight=[1, 1, 1], replay_teacher=[6, 6, 3], replay_batch=4,
-                      replay_mix=0, lwf_weight=[5, 1, 1], ewc_lambda=[5, 5, 10],
-                      own_channels=[0, 128, 64], shared_lr=[1, 1, 1]),
+                      lwf_weight=[5, 1, 1], ewc_lambda=[5, 5, 10], own_channels=[0, 128, 64],
+                      shared_lr=[1, 1, 1]),
     # Shapes, learned from scratch: the teacher alone, since labels would be learned by heart
     "replay from scratch": dict(replay_weight=[0, 0, 0], replay_teacher=[1.6, 3.6, 1.6],
-                                replay_batch=6, replay_mix=0.5, shared_lr=[1, 0.6, 0.2]),
+                                replay_batch=6, shared_lr=[1, 0.6, 0.2]),
     # Drift is corrected twice: softer springs, and shared layers that learn faster
     "ewc+lwf": dict(lwf_weight=[1, 0.3, 2], ewc_lambda=[0.5, 5, 10], shared_lr=[1, 2, 1]),
     "ewc+lwf from scratch": dict(shared_lr=[1, 1, 1]),  # twice that rate diverged
@@ -42,7 +42,7 @@ STRENGTHS = {
     "replay+lwf+isolation": dict(replay_weight=[1, 0, 0], replay_teacher=[2, 0, 0],
                                  lwf_weight=[1, 1, 1], own_channels=[0, 64, 64],
                                  shared_lr=[1, 2, 1]),
-    "replay+lwf+isolation from scratch": dict(replay_mix=0, shared_lr=[1, 1, 1])}
+    "replay+lwf+isolation from scratch": dict(shared_lr=[1, 1, 1])}
 
 
 class Remedy:
@@ -63,8 +63,8 @@ class Remedy:
 
     def penalty(self, task, model, images, out):
         """What a step of `task` adds to its loss -> scalar. images (B, 3, s, s), normalised; out:
-        the outputs of `task` and of all that was wanted. What it changes in the remedy is lost
-        where a run is interrupted."""
+        the outputs of `task` and of all that was wanted. Keep no state here: an
+        interruption would lose it."""
         return 0.0
 
 
@@ -77,8 +77,6 @@ class Replay(Remedy):
     on at most 10 stored images per old task, chosen once with the run's seed so that they cover the
     classes. Ten images are soon learned by heart; answers say more about each than its labels do.
     DER++ stores them; here each draw is another window, and so the previous model is asked anew.
-    `--replay-mix` blends the images: a teacher that sees the very same blends can answer about any
-    (function matching, Beyer et al. 2021, arXiv:2106.05237). Labels are those of the larger share.
     """
 
     def __init__(self, args):
@@ -102,9 +100,6 @@ class Replay(Remedy):
             if weight or teaching:
                 drawn = torch.randperm(len(stored[0]))[:self.args.replay_batch]
                 x, target = augment(*take(stored, drawn))
-                if self.args.replay_mix:
-                    share = self.args.replay_mix * torch.rand(len(x), 1, 1, 1, device=x.device)
-                    x = torch.lerp(x, x.roll(1, 0), share)  # (B, 3, s, s)
                 now = model(x, (old,))
             if weight:
                 total = total + weight * task_loss(old, now, target, *self.losses)
@@ -156,8 +151,8 @@ class EWC(Remedy):
         L = L_new + Σ_old λ_old/2 Σ_i F_i (θ_i - θ*_i)²
 
     θ* are the weights at the end of the old task's stage, F the diagonal of its empirical Fisher
-    information: at the true labels. Unlike the paper's, F is divided by its mean, which differs
-    thirtyfold between tasks: so λ is the mean stiffness of the springs.
+    information: at the true labels. Unlike the paper's, F is divided by its mean (means differ
+    thirtyfold between tasks): so λ is the mean stiffness of the springs.
     """
     stores_weights = True
 
@@ -221,9 +216,8 @@ class Isolation(Remedy):
 
         y_old = f(x; θ_shared, θ_old)    y_new = f(x; θ_shared, θ_new)    θ_old is held
 
-    Old and new channels do not read each other (see `OneHead.widen`): those papers let new ones
-    read the old, which gained nothing here. θ_shared is the backbone: `--shared-lr` slows or stops
-    it, other remedies may hold it.
+    Unlike in those papers new channels do not read old ones (`OneHead.widen`), which gained nothing
+    here. θ_shared is the backbone: `--shared-lr` slows or stops it, other remedies may hold it.
     """
 
     def remember(self, task, model, samples):
@@ -234,7 +228,7 @@ class Isolation(Remedy):
             model.widen(self.args.own_channels[stage], TASKS[:stage])
 
 
-# In the order in which they remember: Freeze and Isolation change the model that the others look at
+# In the order in which they remember: freeze and isolation change the model, so they come last
 REMEDIES = {"replay": Replay, "ewc": EWC, "lwf": LwF, "freeze": Freeze, "isolation": Isolation}
 
 

@@ -24,16 +24,13 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from data import (FOLDERS, IGNORE, SHAPES, TASKS, VOC_PALETTE, MiniSet, UserError, command,
                   normalise, open_image, take, try_folder, write_whole)
-from model import detections, load_model
+from model import NETWORK, detections, load_model
 
 NAMES = {"seg": "mIoU", "det": "mAP@50", "cls": "Top-1"}
 LEARNED = {"seg": 0.05, "det": 0.01, "cls": 0.20}  # a score below this is chance
 MAX_DROP, MAX_PARAMS, MAX_LATENCY_MS, MAX_SECONDS = 0.05, 8_000_000, 150, 7200
-UNNAMED = ("data", "device", "out", "seed")  # arguments that do not name a row of the comparison
-OF_BASELINES = (  # flags that matter to the baselines
-    "report", "backbone", "taps", "neck", "width", "hidden", "head_layers", "head_stride",
-    "weights", "image_size", "epochs", "lr", "trunk_lr", "batch_size", "box_loss", "conf_loss",
-    "conf_warmup")
+OF_BASELINES = (*NETWORK, "report", "weights", "image_size", "epochs", "lr", "trunk_lr",
+                "batch_size", "box_loss", "conf_loss", "conf_warmup")  # flags that matter to them
 
 
 # -- The metrics
@@ -56,8 +53,7 @@ def mean_iou(counts):
 
 
 def mean_ap(predictions, truth, classes=10):
-    """(AP at IoU 0.50, AP averaged over IoU 0.50:0.95), both in [0, 1], by COCOeval: at most 100
-    detections an image.
+    """(AP at IoU 0.50, mean AP of IoU 0.50:0.95), both in [0, 1], of at most 100 boxes an image.
 
     predictions: per image (boxes (K, 4) in original pixels, scores (K,), labels (K,)); truth: that
     of `data.load_det`. A class without truth is left out of the mean, one with truth but no
@@ -164,12 +160,8 @@ def drop(task, reference, final):
 
 
 def judge(results):
-    """Adds `own`, `drop`, `drop_own`, `verdict` and `bonus` to a run's results.
-
-    own is the score right after the task's own stage. drop compares with the single-task baseline,
-    drop_own with own; a task passes if both are at most 5 %. The bonus: no final score is below its
-    baseline. Joint training has one stage, so own is final.
-    """
+    """Adds to a run's results `own`, the scores right after each task's own stage (joint training
+    has but one), `drop` and `drop_own`, relative to baseline and own, `verdict` and `bonus`."""
     final, baseline, matrix = results["final"], results["baseline"], results["matrix"]
     own = {t: matrix[min(stage, len(matrix) - 1)][t] for stage, t in enumerate(TASKS)}
     results["own"] = own
@@ -187,13 +179,13 @@ def judge(results):
 def show(results):
     """The run's table as text: per task baseline, after own stage, final, both drops, verdict."""
     state = {key: "PASS" if passed else "FAIL" for key, passed in results["verdict"].items()}
-    lines = ["task  metric  baseline  own stage    final      drop  drop_own"]
+    lines = ["task  metric  baseline  own stage    final         drop     drop_own"]
     for t in TASKS:
         baseline, own, final = (results[key][t] for key in ("baseline", "own", "final"))
         drops = ["not learned" if d is None else f"{d:+.1%}"
                  for d in (results["drop"][t], results["drop_own"][t])]
-        lines.append(f"{t:5} {NAMES[t]:7} {baseline:8.3f} {own:10.3f} {final:8.3f} {drops[0]:>9} "
-                     f"{drops[1]:>9} {state[t]}")
+        lines.append(f"{t:5} {NAMES[t]:7} {baseline:8.3f} {own:10.3f} {final:8.3f} {drops[0]:>12} "
+                     f"{drops[1]:>12} {state[t]}")
     lines.append(f"mAP@50:95 {results['map_50_95']:.3f}, {results['params']:,} parameters "
                  f"{state['params']}, {results['latency_ms']:.0f} ms an image {state['latency']}, "
                  f"stages {results['seconds']['stages']:.0f} s {state['time']}")
@@ -208,14 +200,14 @@ def load_run(folder):
         results = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
         judge(results)
         return results | {"name": row_name(results["args"], results["defaults"])}
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         raise UserError(f"{folder}: holds no results.json of a finished run ({type(e).__name__}).")
 
 
 def row_name(args, defaults):
     """The strategy, and each flag of a run that differs from the defaults stored with it."""
     unusual = [f"--{key.replace('_', '-')} {args[key]}" for key, value in defaults.items()
-               if key not in (*UNNAMED, "strategy") and args[key] != value]
+               if key not in ("strategy", "data", "device", "out", "seed") and args[key] != value]
     return " ".join([args["strategy"], *unusual])
 
 
@@ -267,8 +259,7 @@ def compare(folders, picture=None):
 
 # -- Files
 def digest(path):
-    """SHA-256 over a file, or over a folder: the names in it and their contents. Linked folders
-    count as what they link to."""
+    """SHA-256 of a file, or of a folder's names and contents; links count as what they link to."""
     result, path = hashlib.sha256(), Path(path)
     names = glob("**", root_dir=path, recursive=True, include_hidden=True)
     for file in [path] if path.is_file() else sorted(path / name for name in names):
@@ -336,8 +327,7 @@ def chart(height, note):
 
 
 def draw_curves(results, file):
-    """A run's picture, 1,200 pixels wide: all scores over the epochs of its stages, and below them
-    the losses."""
+    """A run's picture, 1,200 pixels wide: scores over the epochs of all stages, losses below."""
     rows = list(enumerate(results["history"], 1))
     starts = {row["stage"]: epoch - 1 for epoch, row in reversed(rows)}  # {stage: epochs before}
     end, top = len(rows), 1.05 * max(max(row["loss"], row["penalty"]) for _, row in rows)
@@ -385,7 +375,6 @@ def draw_comparison(groups, file):
 
 # -- What a model sees: found = {"seg": mask (H, W), "det": [(box xyxy, name, score)], best first,
 # "cls": (name, probability)}, all in pixels of the photo. The truth has None for a score.
-SHOWN = 0.3  # boxes below this score are left out
 
 
 @torch.no_grad()
@@ -398,7 +387,7 @@ def look_at(photo, model, size, classes):
     logits = F.interpolate(out["seg"], shape, mode="bilinear")  # (1, 21, H, W)
     mask = Image.fromarray(logits[0].argmax(0).byte().cpu().numpy())
     rows = out["det"][0, :, :5 + len(classes["det"])].cpu()  # no class without a name
-    boxes, scores, labels = detections(rows, SHOWN)
+    boxes, scores, labels = detections(rows, floor=0.3)
     right_bottom = torch.tensor(2 * photo.size)
     boxes = (boxes * right_bottom / size).clamp(min=0).minimum(right_bottom)  # (K, 4)
     names = [classes["det"][label] for label in labels.tolist()]
@@ -489,8 +478,6 @@ def predict(args):
     photos = []
     for path in map(Path, paths):
         photos += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    if not photos:
-        raise UserError("--predict: no photo; name files or folders with some behind the model.")
     if any(out.resolve() in path.resolve().parents for path in photos):
         raise UserError(f"--out {out}: there are photos to look at; name another folder.")
     (out / "masks").mkdir(parents=True, exist_ok=True)
@@ -516,7 +503,7 @@ def predict(args):
         things = ", ".join(f"{name} {score:.2f}" for _, name, score in found["det"]) or "no boxes"
         print(f"{path}: class {label} {chance:.2f}; {things}")
     if not rows:
-        raise UserError("--predict: none of the photos is readable; name others.")
+        raise UserError("--predict: no photo, or none of the photos is readable; name others.")
     write_json(out / "predictions.json", rows)
     print(f"{len(rows)} of {len(photos)} photos: annotated copies, masks/ and predictions.json are "
           f"in {out}")

@@ -22,21 +22,20 @@ from data import UserError, write_whole
 
 SEG, DET, CLS = slice(0, 21), slice(21, 36), slice(36, 46)  # the channel map of the head
 ROWS = {"seg": SEG, "det": DET, "cls": CLS}  # of the output layer, by task
+NETWORK = ("backbone", "taps", "neck", "width", "hidden", "head_layers", "head_stride")  # flags
 PRIOR = 0.01  # confidence of every cell before training (RetinaNet, section 3.3)
 
 
 # -- Backbones
-class FastSCNN(nn.Module):
+def fast_scnn():
     """Fast-SCNN (Poudel, Liwicki, Cipolla 2019, arXiv:1902.04502, table 1), its classifier replaced
     by our head: one map (B, 128, H/8, W/8), the sum of outlines and of what the scene is."""
-
-    def __init__(self):
-        super().__init__()
-        learning_to_downsample = nn.Sequential(
-            ConvNorm(3, 32, 3, 2),  # (B, 32, H/2, W/2)
-            separable(32, 48, 2),  # (B, 48, H/4, W/4)
-            separable(48, 64, 2))  # (B, 64, H/8, W/8)
-        self.features = nn.Sequential(learning_to_downsample, GlobalAndFusion())
+    learning_to_downsample = nn.Sequential(
+        ConvNorm(3, 32, 3, 2),  # (B, 32, H/2, W/2)
+        separable(32, 48, 2),  # (B, 48, H/4, W/4)
+        separable(48, 64, 2))  # (B, 64, H/8, W/8)
+    features = nn.Sequential(learning_to_downsample, GlobalAndFusion())
+    return nn.ModuleDict({"features": features})
 
 
 class GlobalAndFusion(nn.Module):
@@ -88,7 +87,7 @@ BACKBONES = {
                            models.MobileNet_V3_Small_Weights.IMAGENET1K_V1),
     "efficientnet_b0": (models.efficientnet_b0, (3, 5, 8),
                         models.EfficientNet_B0_Weights.IMAGENET1K_V1),
-    "fast_scnn": (FastSCNN, (1,), None)}
+    "fast_scnn": (fast_scnn, (1,), None)}
 
 # -- Necks and the head
 # Constructors for the tapped maps' channels, finest first, and the neck's width. The FPN makes a
@@ -172,8 +171,7 @@ class OneHead(nn.Module):
         return [levels[self.tapped.index(stride)]] if stride else levels
 
     def scene(self, level):
-        """The head on the mean of a level (B, C, h, w), padded by itself, not by zeros ->
-        (B, 46, 1, 1)."""
+        """The head on the mean of a level (B, C, h, w), padded by itself -> (B, 46, 1, 1)."""
         mean = level.mean((2, 3), keepdim=True)  # (B, C, 1, 1)
         return self.head(mean.expand(-1, -1, 3, 3))[..., 1:2, 1:2]
 
@@ -211,9 +209,8 @@ class OneHead(nn.Module):
         return {name: m for name, m in self.named_modules() if isinstance(m, nn.BatchNorm2d)}
 
     def fix_batchnorm(self, names=None):
-        """Keeps these BatchNorm layers (default: all) and no others in eval mode from now on. Left
-        live, their statistics follow a later stage's images, and every old output moves even if
-        all weights are frozen."""
+        """Keeps these BatchNorm layers (default: all) and no others in eval mode. Live ones follow
+        a later stage's images: every old output moves, even if all weights are frozen."""
         self.fixed = set(self.batchnorms() if names is None else names)
         self.train(self.training)
 
@@ -244,8 +241,7 @@ class OneHead(nn.Module):
 
     @torch.no_grad()
     def hold(self):
-        """Undoes what a step did to held values. A gradient of 0 would not do: AdamW's decay moves
-        weights without any."""
+        """Puts held values back after a step: AdamW's decay moves even weights without gradient."""
         for parameter, held, values in self.held:
             parameter.copy_(torch.where(held, values, parameter))
 
@@ -312,9 +308,8 @@ def encode(boxes, cells):
 def detections(rows, floor=0.01, candidates=2000, iou=0.6, most=100):
     """One image's rows (N, 15) -> boxes (K, 4), scores (K,) in (0, 1], labels (K,), best first.
 
-    score = sigmoid(confidence) · softmax(class). Every class of a row is a candidate; the best
-    2,000 above the floor go through class-aware NMS. The floor is low on purpose: a
-    precision-recall curve needs its tail.
+    score = sigmoid(confidence) · softmax(class). Each class of a row is a candidate; the best 2,000
+    above the floor (low, for a precision-recall curve needs its tail) go through class-aware NMS.
     """
     scores = rows[:, 4:5].sigmoid() * rows[:, 5:].softmax(1)  # (N, 10)
     best, at = scores.flatten().topk(min(candidates, scores.numel()))  # NMS is quadratic in them
@@ -340,8 +335,8 @@ def load_weights(model, weights):
     except (OSError, RuntimeError) as e:
         raise UserError(f"The ImageNet weights could not be downloaded ({e}): try again, pass "
                         "a file as --weights PATH, or start from scratch with --weights none.")
-    state = state.get("model", state)
     try:
+        state = state.get("model", state)
         model.features.load_state_dict({key.removeprefix("features."): value
                                         for key, value in state.items()
                                         if key.startswith("features.")})
@@ -354,12 +349,9 @@ def load_weights(model, weights):
 def read_checkpoint(path):
     """A dict of tensors and plain values; nothing in the file is executed. Raises UserError."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises a dozen kinds for a damaged or unsafe file
         raise UserError(f"{path}: not a readable checkpoint ({type(e).__name__}); name another.")
-    if not isinstance(state, dict):
-        raise UserError(f"{path}: holds no state dict; name a file written by this project.")
-    return state
 
 
 def write_checkpoint(path, state):
@@ -382,5 +374,5 @@ def load_model(path):
         model = OneHead(**saved["arch"])
         model.load_state_dict(saved["model"])
         return model.eval(), saved["image_size"], saved["classes"]
-    except (KeyError, TypeError, RuntimeError) as e:
+    except (LookupError, TypeError, RuntimeError) as e:
         raise UserError(f"{path}: not a model.pt written by train.py ({type(e).__name__}).")

@@ -13,7 +13,6 @@ import math
 import sys
 import time
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 try:
@@ -32,7 +31,7 @@ from forgetting import REMEDIES, STRENGTHS, Replay, build, default_strengths, st
 from losses import task_loss
 from metrics import (NAMES, compare, digest, draw_curves, draw_examples, evaluate, evaluate_saved,
                      examples, judge, latency, load_run, predict, show, write_json)
-from model import (BACKBONES, NECKS, OneHead, load_weights, read_checkpoint, save_model,
+from model import (BACKBONES, NECKS, NETWORK, OneHead, load_weights, read_checkpoint, save_model,
                    write_checkpoint)
 
 # What depends on the data: shapes are learned from scratch, photos from an ImageNet backbone
@@ -44,19 +43,18 @@ RECIPES = {"shapes": dict(weights="none", image_size=128, epochs=[20, 20, 16],
 REPORTS = {
     None: {},
     0: dict(strategy="replay+ewc+freeze", taps=[12], neck="conv2", width=256, epochs=[5, 5, 5],
-            box_loss="mse", replay_tasks=["seg"], replay_mix=0, replay_weight=[1, 1, 0],
+            box_loss="mse", replay_tasks=["seg"], replay_weight=[1, 1, 0],
             replay_teacher=[0, 0, 0], ewc_lambda=[5, 0, 0]),
     1: dict(strategy="replay", backbone="fast_scnn", neck="none", weights="none",
-            trunk_lr=[1.0, 1.0, 1.0], shared_lr=[1, 1, 0.2], replay_mix=0,
-            replay_weight=[1, 1, 1], replay_teacher=[0, 0, 0]),
+            trunk_lr=[1.0, 1.0, 1.0], shared_lr=[1, 1, 0.2], replay_weight=[1, 1, 1],
+            replay_teacher=[0, 0, 0]),
     2: dict(strategy="replay", taps=[3, 6, 12], head_stride=8, epochs=[20, 20, 20],
-            box_loss="mse", replay_tasks=["seg"], replay_batch=4, replay_mix=0,
-            replay_weight=[0.8, 0.8, 0], replay_teacher=[0, 0, 0]),
+            box_loss="mse", replay_tasks=["seg"], replay_batch=4, replay_weight=[0.8, 0.8, 0],
+            replay_teacher=[0, 0, 0]),
     3: dict(strategy="ewc", taps=[12], neck="none", head_layers=3, epochs=[30, 30, 15],
             lr=[5e-4, 5e-4, 1e-4], box_loss="smooth_l1", ewc_lambda=[3, 5, 5]),
     4: dict(strategy="ewc", taps=[12], neck="conv1x1", width=160, hidden=160, head_stride=16,
             epochs=[10, 40, 10], box_loss="smooth_l1", conf_loss="focal", conf_warmup=10)}
-NETWORK = ("backbone", "taps", "neck", "width", "hidden", "head_layers", "head_stride")  # flags
 SHAPES_DIR = ".shapes/v1"  # drawn on first use
 WEIGHT_DECAY = 0.01
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -112,7 +110,7 @@ def make_parser():
     add("--eval-every", type=numbers(0, kind=int), default=5,
         help="epochs between measurements, for curves.png; 0: only at a stage's end")
     add("--report", type=int, choices=range(5), help="the flags of a published system, "
-        "see .assets/reports.md; flags given besides override them")
+        "see .assets/reports.md; flags given as well override them")
     group = parser.add_argument_group("instead of training")
     add = group.add_mutually_exclusive_group().add_argument
     add("--eval", metavar="MODEL", help="measure this model.pt on --data's val split")
@@ -121,12 +119,7 @@ def make_parser():
     add("--benchmark", action="store_true", help="measure size and speed on this machine")
     group.add_argument("--tasks", nargs="+", choices=[*TASKS, "all"], default=["all"],
                        help="which --eval measures")
-    add_settings(parser)
-    return parser
 
-
-def add_settings(parser):
-    """The flags that a published system or an experiment of one's own may change."""
     add = parser.add_argument_group("network").add_argument
     add("--backbone", choices=BACKBONES, default="mobilenet_v3_small", help="makes features")
     add("--taps", type=numbers(0, kind=int), nargs="+", help="blocks of the backbone that feed the "
@@ -146,9 +139,8 @@ def add_settings(parser):
     add("--trunk-lr", **THREE, type=numbers(0), help="the backbone's share of it")
     add("--batch-size", type=numbers(1, kind=int), help="images a step")
     add("--box-loss", choices=["giou", "smooth_l1", "mse"], default="giou",
-        help="of detection: giou of the box, or one of its four offsets")
-    add("--conf-loss", choices=["bce", "focal"], default="bce",
-        help="of detection; focal has gamma 1")
+        help="of detection: giou of the box, or a distance of its four offsets")
+    add("--conf-loss", choices=["bce", "focal"], default="bce", help="of detection; focal: gamma 1")
     add("--conf-warmup", type=numbers(0, kind=int), default=0, help="epochs of bce before focal")
     add("--bn", choices=["fixed", "live"], default="fixed",
         help="live: BatchNorm statistics follow every stage's images, which forgets")
@@ -159,7 +151,6 @@ def add_settings(parser):
     add("--replay-tasks", nargs="+", choices=TASKS[:2], default=["seg", "det"],
         help="old tasks to replay")
     add("--replay-batch", type=numbers(1, kind=int), help="stored images per old task in a step")
-    add("--replay-mix", type=numbers(0, 0.5), help="largest share of another blended in")
     add("--replay-weight", **THREE, type=numbers(0), help="weight of their labels")
     add("--replay-teacher", **THREE, type=numbers(0), help="weight of old answers on them")
     add("--lwf-weight", **THREE, type=numbers(0), help="weight of old answers on new images")
@@ -170,11 +161,11 @@ def add_settings(parser):
         "for all but the output layer, or for the backbone alone if the stage has own channels")
     add("--freeze", choices=["trunk", "neck"], default="trunk",
         help="what `freeze` holds after Stage 1: the backbone, or backbone and neck")
+    return parser
 
 
 def defaults_for(args):
-    """What the flags are if they are not given: {name: value}. It depends on the data, and the
-    strengths of the remedies on the strategy and the initial weights."""
+    """{flag: its value if not given}, which depends on data, strategy and initial weights."""
     recipe = RECIPES["shapes" if args.data == SHAPES_DIR else "photos"]
     strengths = default_strengths(args.strategy, args.weights or recipe["weights"])
     return vars(make_parser().parse_args([])) | recipe | strengths | REPORTS[args.report]
@@ -184,9 +175,9 @@ def parse(argv):
     parser = make_parser()
     parser.set_defaults(**REPORTS[parser.parse_args(argv).report])  # other flags override them
     args = parser.parse_args(argv)
-    if args.strategy == "joint" and args.conf_warmup:
-        parser.error("--strategy joint: has no --conf-warmup")
-    if "isolation" in args.strategy and (args.neck, args.head_layers) != ("fpn", 2):
+    if args.strategy == "joint" and (args.conf_warmup or args.benchmark):
+        parser.error("--strategy joint: has no --conf-warmup and no --benchmark")
+    if "isolation" in args.strategy.split("+") and (args.neck, args.head_layers) != ("fpn", 2):
         parser.error("--strategy: isolation widens an FPN and a head of two layers, no others")
     if args.image_size and args.image_size % 32:
         parser.error(f"--image-size {args.image_size}: must be a multiple of 32, the last stride")
@@ -210,7 +201,7 @@ def find_data(name):
         if all((Path("data") / folder).is_dir() for folder in FOLDERS.values()):
             return "data"
         print("*** No photos in data/: using built-in SHAPES. For photos run data.py first. ***")
-    elif name not in ("shapes", SHAPES_DIR):
+    elif name != "shapes" and Path(name) != Path(SHAPES_DIR):
         if not Path(name).is_dir():
             raise UserError(f"--data {name}: no such folder; run `python data.py --out {name}`.")
         return name
@@ -230,8 +221,8 @@ def new_model(args):
 
 
 def make_optimizer(model, task, args, shared_lr=1.0):
-    """AdamW, whose groups carry their share of the learning rate. shared_lr: that of what old tasks
-    use too: all but the output layer or, where old channels are held, the backbone alone.
+    """AdamW, whose groups carry their share of the learning rate. shared_lr: the share of what old
+    tasks use too: all but the output layer or, where old channels are held, the backbone alone.
 
     Weight decay leaves out biases, BatchNorm and the output layer: there it would move the rows of
     tasks that get no gradient, a forgetting that no loss would see.
@@ -249,14 +240,12 @@ def make_optimizer(model, task, args, shared_lr=1.0):
 
 
 def learning_rate(step, total, peak):
-    """The lower one of a linear warm-up over the first 5 % of the steps and a cosine to 0. step:
-    from 1 to total."""
+    """The lower one of a linear warm-up over 5 % of the steps 1 to total and a cosine to 0."""
     return peak * min(step / (0.05 * total), 0.5 + 0.5 * math.cos(math.pi * step / total))
 
 
 def train_step(model, task, batch, remedies, optimizer, scaler, losses=()):
-    """One update -> (loss of the task, sum of the remedies' penalties), two numbers. losses:
-    box_loss and conf_loss of `losses.det_loss`."""
+    """One update -> (the task's loss, sum of the penalties). losses: --box-loss, --conf-loss."""
     images, target = batch
     wanted = {task, *(old for remedy in remedies for old in remedy.wants(task))}
     with torch.autocast(images.device.type, torch.float16, enabled=scaler.is_enabled()):
@@ -297,12 +286,13 @@ def train_epoch(model, task, run, remedies, optimizer, scaler, epoch):
     return *(sums / len(batches)).tolist(), lr
 
 
-def train_stage(model, task, run, remedies=(), shared_lr=1.0, file=None, title=""):
+def train_stage(model, task, run, remedies=(), shared_lr=1.0, file=None, title="", measured=TASKS):
     """Trains `model` on one task, in place -> the stage's history, a dict for each epoch.
 
     Optimizer and schedule are fresh and randomness is seeded anew, so that what ran before leaves
     no trace. `file` keeps the state after each epoch: with it, the stage goes on where it stopped,
-    and one that is complete trains nothing. title: what to print if something is trained.
+    and one that is complete trains nothing. title: what to print if something is trained; measured:
+    tasks to evaluate every few epochs.
     """
     args, stage = run.args, TASKS.index(task)
     torch.manual_seed(1000 * args.seed + stage + 1)
@@ -320,14 +310,13 @@ def train_stage(model, task, run, remedies=(), shared_lr=1.0, file=None, title="
         row = {"stage": stage + 1, "task": task, "epoch": epoch, "loss": loss, "penalty": penalty,
                "lr": lr, "images_per_s": speed}
         if epoch == args.epochs[stage] or (args.eval_every and epoch % args.eval_every == 0):
-            row |= evaluate(model, run.val, args.device)
+            row |= evaluate(model, {t: run.val[t] for t in measured}, args.device)
         row["seconds"] = time.perf_counter() - start
         history.append(row)
         if file:  # keeps all that the rest of the stage depends on
             states = {name: part.state_dict() for name, part in parts.items()}
-            random = [torch.get_rng_state()]
-            if "cuda" in args.device:
-                random.append(torch.cuda.get_rng_state())
+            gpu = [torch.cuda.get_rng_state()] if "cuda" in args.device else []
+            random = [torch.get_rng_state(), *gpu]
             write_checkpoint(file, states | {"random": random, "history": history})
         print(f"{task} epoch {epoch:3}/{args.epochs[stage]}  loss {loss:.4f}  "
               f"penalty {penalty:.4f}  lr {lr:.1e}  {speed:.0f} images/s  {run.time_left()} left",
@@ -410,7 +399,9 @@ def train_alone(task, run):
     own = Path(args.out) / f"stage-{task}-alone.pt"  # no other run writes there
     model = new_model(args)
     file = whole if whole.exists() else own
-    history = train_stage(model, task, run, file=file, title=f"Baseline: {task} alone")
+    measured = TASKS if task == TASKS[0] else [task]  # segmentation's is Stage 1 as well
+    history = train_stage(model, task, run, file=file, title=f"Baseline: {task} alone",
+                          measured=measured)
     if file == own:
         own.replace(whole)
     return model, history
@@ -424,8 +415,7 @@ def all_at_once(run):
     args, remedies = run.args, []
     for task, epochs in zip(TASKS[1:], args.epochs[1:]):
         images = max(1, round(args.batch_size * epochs / args.epochs[0]))
-        settings = vars(args) | {"replay_batch": images, "replay_mix": 0}
-        replay = Replay(argparse.Namespace(**settings))
+        replay = Replay(argparse.Namespace(**vars(args) | {"replay_batch": images}))
         replay.weight["seg", task], replay.teaching["seg", task] = 1.0, 0.0
         replay.buffer[task] = take(run.train[task].batch, slice(None), args.device)
         remedies.append(replay)
@@ -477,8 +467,7 @@ def finish(run, baselines, model, history, strips):
         "latency_ms": float(np.median(latency(model, args.device))),
         "seconds": {"baselines": sum(row["seconds"] for _, rows in baselines.values()
                                      for row in rows),
-                    "stages": sum(row["seconds"] for row in history),
-                    "total": time.perf_counter() - run.start},
+                    "stages": sum(row["seconds"] for row in history)},
         "device": f"{args.device}, {torch.get_num_threads()} threads", "torch": torch.__version__,
         "tasks": TASKS, "metrics": NAMES, "matrix": matrix, "final": matrix[-1],
         "baseline": {t: rows[-1][t] for t, (_, rows) in baselines.items()},
@@ -497,10 +486,10 @@ def run_seed(args):
     on from the files of its stages; UserError if either had other arguments or data."""
     this, out = Run(args), Path(args.out)
     now = vars(args) | {"data": this.data}
-    stages, finished = list(out.glob("stage*.pt")), (out / "results.json").exists()
+    stages = list(out.glob("stage*.pt"))
+    finished = load_run(out) if (out / "results.json").exists() else None
     if finished:
-        results = load_run(out)
-        then = results["args"] | {"data": results["data"]["sha256"]}
+        then = finished["args"] | {"data": finished["data"]["sha256"]}
     else:
         try:
             then = dict(json.loads((out / "args.json").read_text(encoding="utf-8")))
@@ -510,16 +499,14 @@ def run_seed(args):
     if other and then and (finished or stages):
         raise UserError(f"--out {out}: holds a run with another {other}; name another folder, or "
                         "delete that one.")
-    if finished:
-        for file in stages:  # left by an interruption just before the end
-            file.unlink()
-        print(f"{out} is finished already (after a change of the code delete it to train anew):\n"
-              f"{show(results)}")
-        return results
     now["surroundings"] = [*this.surroundings, code_digest("forgetting")]
-    if then.get("surroundings") != now["surroundings"]:  # stages of another code are stale
-        for file in stages:
+    if finished or then.get("surroundings") != now["surroundings"]:
+        for file in stages:  # left by an interruption just before the end, or of another code
             file.unlink()
+    if finished:
+        print(f"{out} is finished already (after a change of the code delete it to train anew):\n"
+              f"{show(finished)}")
+        return finished
     try_folder(out.parent / ".baselines")
     write_json(out / "args.json", now)
     print(f"{args.strategy} on {args.data} at {args.image_size} px, seed {args.seed}, "
@@ -538,11 +525,11 @@ def benchmark(args):
     try_folder(file.parent)
     this, speed = Run(argparse.Namespace(**vars(args) | {"epochs": [1] * 3, "seed": 0})), {}
     this.total = len(TASKS)  # epochs, without baselines
-    for stage, task in enumerate(TASKS):
-        model, remedies = new_model(this.args), build(this.args)
-        for old, remedy in product(TASKS[:stage], remedies):
-            remedy.remember(old, model, this.train[old])
+    model, remedies = new_model(this.args), build(this.args)
+    for task in TASKS:
         speed[task] = train_stage(model, task, this, remedies)[-1]["images_per_s"]
+        for remedy in remedies if task != TASKS[-1] else ():
+            remedy.remember(task, model, this.train[task])
     p50, p95 = np.percentile(latency(model, args.device), (50, 95))
     if "cuda" in args.device:
         memory = torch.cuda.max_memory_allocated() / 2**30

@@ -201,7 +201,7 @@ def try_idea(task, text, seed, options):
     train.evaluate = lambda *rest: {}  # the last epoch is measured below
     run = SimpleNamespace(args=args, train=samples, val={}, done=0, total=0, time_left=lambda: "?")
     net = train.new_model(args)
-    seconds = sum(row["seconds"] for row in train.train_stage(net, task, run))
+    seconds = sum(row["seconds"] for row in train.train_stage(net, task, run, measured=()))
     net.load_state_dict(kept or net.state_dict())
 
     row = {"task": task, "idea": text, "seed": seed, "seconds": round(seconds)}

@@ -24,8 +24,12 @@ def main():
         text((left + right) / 2, (top + bottom) / 2, words, fill=ink)
 
     def arrow(x1, y1, x2, y2):
+        """Its tip points right or, where the line is vertical, up or down."""
         draw.line([x1 * SCALE, y1 * SCALE, x2 * SCALE, y2 * SCALE], INK, 2 * SCALE)
         tip = [(x2, y2), (x2 - 9, y2 - 5), (x2 - 9, y2 + 5)]
+        if x1 == x2:
+            back = y2 - 9 if y2 > y1 else y2 + 9
+            tip = [(x2, y2), (x2 - 5, back), (x2 + 5, back)]
         draw.polygon([(x * SCALE, y * SCALE) for x, y in tip], INK)
 
     # Backbone: three tapped maps, each half as large as the one before
@@ -36,6 +40,8 @@ def main():
     levels = (("24 channels\nH/8", 90), ("48 channels\nH/16", 190), ("576 channels\nH/32", 290))
     for words, y in levels:
         box(150, y - 28, 290, y + 28, SHARED, words)
+    arrow(220, 118, 220, 162)
+    arrow(220, 218, 220, 262)
 
     # Neck: one level of 128 channels for each map; coarse ones are added to finer ones
     box(360, 55, 500, 330, "white")
@@ -44,9 +50,7 @@ def main():
         arrow(290, y, 380, y)
         box(380, y - 28, 480, y + 28, SHARED, "128")
     for y in (118, 218):
-        draw.line([430 * SCALE, y * SCALE, 430 * SCALE, (y + 44) * SCALE], INK, 2 * SCALE)
-        tip = [(430, y), (425, y + 9), (435, y + 9)]
-        draw.polygon([(x * SCALE, v * SCALE) for x, v in tip], INK)
+        arrow(430, y + 44, 430, y)
         text(443, y + 22, "+")
 
     # Head: the same two layers for every level
@@ -56,13 +60,13 @@ def main():
     text(650, 35, "the one head, for all levels", 16)
     box(580, 95, 720, 150, SHARED, "Conv 3x3, ReLU\n128")
     box(580, 170, 720, 225, SHARED, "Conv 1x1\n46")
-    draw.line([650 * SCALE, 150 * SCALE, 650 * SCALE, 170 * SCALE], INK, 2 * SCALE)
+    arrow(650, 150, 650, 170)
 
     # Its 46 channels, in proportion
     top = 60
     tasks = (("0-20\nsegmentation: 21 classes\nall levels, and the mean of\n"
               "the coarsest, are summed", 21, SEG),
-             ("21-35\ndetection: box, confidence,\n10 classes a cell", 15, DET),
+             ("21-35\ndetection: a cell's box,\nconfidence, 10 classes", 15, DET),
              ("36-45  classification: 10\nmean of the coarsest level", 10, CLS))
     for words, channels, colour in tasks:
         bottom = top + channels * 6

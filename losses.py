@@ -12,7 +12,7 @@ Say that this cell predicts (48, 60, 112, 124), 8 px too far right. The two boxe
 3,584 px, together they cover 2 * 4,096 - 3,584 = 4,608, and the smallest box around both has
 72 * 64 = 4,608, of which nothing is uncovered:
 
-    GIoU = 3,584 / 4,608 - 0 / 4,608 = 0.778, and the box loss is 1 - 0.778 = 0.222, counted twice
+    GIoU = 3,584 / 4,608 - 0 / 4,608 = 0.778, and the box loss is 1 - 0.778 = 0.222, with weight 2
 
 Besides, every positive cell learns its class by cross-entropy, and as its confidence the GIoU of
 its own box, 0.778: of several boxes around the dog the best one is to be ranked first (an IoU-aware

@@ -146,7 +146,7 @@ def make_parser():
         help="live: BatchNorm statistics follow every stage's images, which forgets")
 
     add = parser.add_argument_group("remedies (X: one value, or three: of seg in Stage 2, seg in "
-                                    "Stage 3, det in Stage 3)").add_argument
+                                    "Stage 3, det in Stage 3, or as said)").add_argument
     add("--replay-images", type=numbers(1, 10, int), default=10, help="stored per old task")
     add("--replay-tasks", nargs="+", choices=TASKS[:2], default=["seg", "det"],
         help="old tasks to replay")
@@ -156,7 +156,7 @@ def make_parser():
     add("--lwf-weight", **THREE, type=numbers(0), help="weight of old answers on new images")
     add("--ewc-lambda", **THREE, type=numbers(0), help="mean stiffness of the springs")
     add("--own-channels", **THREE, type=numbers(0, 512, int), help="of each stage: channels that "
-        "`isolation` adds before it (none before the first); with 0 it trains all that there are")
+        "`isolation` adds before it (none before the first); with 0 it holds none either")
     add("--shared-lr", **THREE, type=numbers(0), help="of each stage but the first: share of --lr "
         "for all but the output layer, or for the backbone alone if the stage has own channels")
     add("--freeze", choices=["trunk", "neck"], default="trunk",

@@ -63,8 +63,8 @@ class Remedy:
 
     def penalty(self, task, model, images, out):
         """What a step of `task` adds to its loss -> scalar. images (B, 3, s, s), normalised; out:
-        the outputs of `task` and of all that was wanted. Keep no state here: an
-        interruption would lose it."""
+        the outputs of `task` and of all that was wanted. No state: an interruption would lose it.
+        """
         return 0.0
 
 

@@ -161,7 +161,8 @@ def drop(task, reference, final):
 
 def judge(results):
     """Adds to a run's results `own`, the scores right after each task's own stage (joint training
-    has but one), `drop` and `drop_own`, relative to baseline and own, `verdict` and `bonus`."""
+    has but one); `drop` and `drop_own`, relative to baseline and own; `verdict`: both are at most
+    5 %; `bonus`: no score is below its baseline."""
     final, baseline, matrix = results["final"], results["baseline"], results["matrix"]
     own = {t: matrix[min(stage, len(matrix) - 1)][t] for stage, t in enumerate(TASKS)}
     results["own"] = own
@@ -387,7 +388,7 @@ def look_at(photo, model, size, classes):
     logits = F.interpolate(out["seg"], shape, mode="bilinear")  # (1, 21, H, W)
     mask = Image.fromarray(logits[0].argmax(0).byte().cpu().numpy())
     rows = out["det"][0, :, :5 + len(classes["det"])].cpu()  # no class without a name
-    boxes, scores, labels = detections(rows, floor=0.3)
+    boxes, scores, labels = detections(rows, floor=0.3)  # what is less sure is not shown
     right_bottom = torch.tensor(2 * photo.size)
     boxes = (boxes * right_bottom / size).clamp(min=0).minimum(right_bottom)  # (K, 4)
     names = [classes["det"][label] for label in labels.tolist()]
@@ -480,7 +481,6 @@ def predict(args):
         photos += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     if any(out.resolve() in path.resolve().parents for path in photos):
         raise UserError(f"--out {out}: there are photos to look at; name another folder.")
-    (out / "masks").mkdir(parents=True, exist_ok=True)
     model, names = model.to(args.device, memory_format=torch.channels_last), mask_names(classes)
     for path in photos:
         try:
@@ -488,6 +488,7 @@ def predict(args):
         except UserError as e:
             print(f"skipped {e}")
             continue
+        (out / "masks").mkdir(parents=True, exist_ok=True)
         found, copy = look_at(photo, model, size, classes), f"{len(rows) + 1:03}-{path.stem}.png"
         annotated(photo, found, names, max(480, *photo.size)).save(out / copy)
         mask = Image.fromarray(found["seg"])
@@ -503,7 +504,7 @@ def predict(args):
         things = ", ".join(f"{name} {score:.2f}" for _, name, score in found["det"]) or "no boxes"
         print(f"{path}: class {label} {chance:.2f}; {things}")
     if not rows:
-        raise UserError("--predict: no photo, or none of the photos is readable; name others.")
+        raise UserError("--predict: no photo, or none of the photos is readable; name some.")
     write_json(out / "predictions.json", rows)
     print(f"{len(rows)} of {len(photos)} photos: annotated copies, masks/ and predictions.json are "
           f"in {out}")

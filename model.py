@@ -335,8 +335,8 @@ def load_weights(model, weights):
     except (OSError, RuntimeError) as e:
         raise UserError(f"The ImageNet weights could not be downloaded ({e}): try again, pass "
                         "a file as --weights PATH, or start from scratch with --weights none.")
+    state = state.get("model", state)
     try:
-        state = state.get("model", state)
         model.features.load_state_dict({key.removeprefix("features."): value
                                         for key, value in state.items()
                                         if key.startswith("features.")})
@@ -349,9 +349,12 @@ def load_weights(model, weights):
 def read_checkpoint(path):
     """A dict of tensors and plain values; nothing in the file is executed. Raises UserError."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises a dozen kinds for a damaged or unsafe file
         raise UserError(f"{path}: not a readable checkpoint ({type(e).__name__}); name another.")
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: holds no state dict; name a file written by this project.")
+    return state
 
 
 def write_checkpoint(path, state):
@@ -374,5 +377,5 @@ def load_model(path):
         model = OneHead(**saved["arch"])
         model.load_state_dict(saved["model"])
         return model.eval(), saved["image_size"], saved["classes"]
-    except (LookupError, TypeError, RuntimeError) as e:
+    except (LookupError, TypeError, AttributeError, RuntimeError) as e:
         raise UserError(f"{path}: not a model.pt written by train.py ({type(e).__name__}).")

@@ -39,7 +39,7 @@ import metrics
 import train
 from data import IGNORE, TASKS, MiniSet, UserError, augment, normalise, take
 from model import (BACKBONES, CLS, DET, NECKS, SEG, OneHead, cells, decode, detections, encode,
-                   load_model, load_weights, save_model)
+                   load_model, load_weights, read_checkpoint, save_model)
 
 VAL_BOXES = "mini_coco_det/annotations/mini_instances_val2017.json"
 
@@ -420,6 +420,10 @@ def test_chance_cannot_be_forgotten_and_does_not_pass():
     metrics.judge(results)
     assert results["drop"]["cls"] is None
     assert not results["verdict"]["cls"]
+    results["map_50_95"] = 0
+    header, *rows = metrics.show(results).splitlines()[:4]
+    assert rows[2].index("not learned") + 11 == header.index("drop ") + 4
+    assert len({row.rindex(" ") for row in rows}) == 1
 
 
 def test_joint_training_has_one_stage_and_no_score_below_its_baseline_earns_the_bonus():
@@ -1055,11 +1059,12 @@ def test_losses_are_computed_in_full_precision(trained_model, tiny_run, task):
 @pytest.mark.parametrize("name", ["replay", "lwf", "ewc"])
 def test_penalties_can_be_computed_in_half_precision(name, trained_model, shapes, tiny_run):
     remedy = remedy_of(forgetting.REMEDIES[name], shapes, "--replay-weight", "1")
-    remedy.remember("seg", trained_model, tiny_run.train["seg"])
     images, _ = augmented(tiny_run, "det")
-    with torch.autocast("cpu", torch.bfloat16):
-        out = trained_model(images, ("seg", "det"))
-        assert remedy.penalty("det", trained_model, images, out).isfinite()
+    for old, new in (("seg", "det"), ("det", "cls")):
+        remedy.remember(old, trained_model, tiny_run.train[old])
+        with torch.autocast("cpu", torch.bfloat16):
+            out = trained_model(images)
+            assert remedy.penalty(new, trained_model, images, out).isfinite()
 
 
 @pytest.mark.parametrize("own, share_of_neck", [(0, 0.1), (32, 1)])
@@ -2001,6 +2006,14 @@ def test_stage_1_is_its_own_baseline(finished, after_stage_1, tiny_run):
     assert again["seg"] == results["baseline"]["seg"]
 
 
+def test_other_baselines_measure_their_own_task_alone(finished):
+    files = [*(finished[0].parent / ".baselines").glob("[!s]*.pt")]
+    assert len(files) > 1
+    for file in files:
+        last = read_checkpoint(file)["history"][-1]
+        assert set(last) & set(TASKS) == {last["task"]}
+
+
 def test_same_seed_same_numbers(shapes, finished, tmp_path):
     again = train.main(tiny_flags(shapes, tmp_path / "again"))  # with baselines of its own
     for key in ("baseline", "matrix", "final", "map_50_95", "drop"):
@@ -2534,6 +2547,7 @@ def test_predict_without_a_readable_photo_is_an_error(finished, tmp_path, empty_
                          ([str(file.parent)], "none of the photos is readable")):
         with pytest.raises(UserError, match=text):
             train.main(["--predict", str(finished[0] / "model.pt"), *photos])
+    assert not (tmp_path / "predictions").exists()
 
 
 # -- Measuring the machine
@@ -2582,7 +2596,8 @@ def test_benchmark_measures_and_writes(strategy, width, few, tmp_path, monkeypat
         return losses_of_step
     monkeypatch.setattr(train, "train_step", recorded)
     file = tmp_path / "benchmark.json"
-    result = train.main(tiny_flags(few, file, "--benchmark", "--strategy", strategy))
+    result = train.main(tiny_flags(few, file, "--benchmark", "--strategy", strategy,
+                                   "--replay-weight", "1"))
     assert json.loads(file.read_text()) == json.loads(json.dumps(result))
     model = OneHead(width=width, hidden=width)
     assert result["parameters"] == sum(p.numel() for p in model.parameters())

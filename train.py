@@ -528,6 +528,8 @@ def benchmark(args):
     model, remedies = new_model(this.args), build(this.args)
     for task in TASKS:
         speed[task] = train_stage(model, task, this, remedies)[-1]["images_per_s"]
+        if args.bn == "fixed":
+            model.fix_batchnorm()
         for remedy in remedies if task != TASKS[-1] else ():
             remedy.remember(task, model, this.train[task])
     p50, p95 = np.percentile(latency(model, args.device), (50, 95))

@@ -112,7 +112,7 @@ def read_mask(path):
     used = set(np.unique(mask).tolist())
     binary = IGNORE in used and used <= {0, IGNORE}  # everything would be ignored
     if mask.mode not in ("P", "L") or not used <= {*range(21), IGNORE} or binary:
-        raise UserError(f"{path}: must be a palette PNG of 0-20 and 255, not of 0 and 255 alone.")
+        raise UserError(f"{path}: make it a palette PNG of 0-20 and 255, not of 0 and 255 alone.")
     palette = mask.getpalette() or []  # VOC's colours tell if an editor renumbered the classes
     if any(VOC_COLOURS.get(tuple(palette[3 * i:3 * i + 3]), i) != i for i in used):
         raise UserError(f"{path}: VOC's colours, but not its indices; save it with VOC's palette.")

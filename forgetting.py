@@ -6,7 +6,7 @@ before freeze and isolation, which change the model. Its flags, if any, go into
 does the rest.
 
 MAS (arXiv:1711.09601), for instance, is a child of EWC with its own `importance`. Copy that method
-without its `if` and change two lines: the gradient is that of
+without its `continue` and the `if` above, and change two lines: the gradient is that of
     model(images, (task,))[task].square().sum()  (of detection without the boxes: [..., 4:])
 and what is added up is `gradient.abs()`. The strength is then --ewc-lambda.
 """
@@ -167,7 +167,7 @@ class EWC(Remedy):
         self.terms[task] = fisher, flat(model.parameters()).detach()
 
     def importance(self, task, model, samples):
-        """1/n Σ_n (∂L(image n) / ∂θ)² -> a vector. One training image at a time (the square of
+        """1/N Σ_n (∂L(image n) / ∂θ)² -> a vector. One training image at a time (the square of
         their mean gradient is another thing), augmented once, in eval mode."""
         fisher = torch.zeros_like(flat(model.parameters()))
         stored = take(samples.batch, slice(None), self.args.device)

@@ -223,10 +223,16 @@ def mean_and_spread(values, style):
     return text + f" ({len(known)} of {len(values)})" * (len(known) < len(values))
 
 
+def share_kept(row):
+    """Of a row (name, {seed: results}): final scores over baselines, the mean of tasks and seeds."""
+    return np.mean([r["final"][t] / max(r["baseline"][t], LEARNED[t])
+                    for r in row[1].values() for t in TASKS])
+
+
 def compare(folders, picture=None):
     """Runs -> a Markdown table: for each data set and device a row of the baselines, then one for
-    each setting: how many seeds pass, final scores and drops, as mean ± std over its seeds.
-    picture: a file for `draw_comparison`."""
+    each setting, from what keeps least to what keeps most: how many seeds pass, final scores and
+    drops, as mean ± std over its seeds. picture: a file for `draw_comparison`."""
     groups = {}  # {(data, device): (baselines, runs)}, each {name: {seed: results}}
     for folder in folders:
         try:
@@ -240,6 +246,8 @@ def compare(folders, picture=None):
         where = json.dumps(results["data"]["sha256"]), args["device"]
         for rows, name in zip(groups.setdefault(where, ({}, {})), (alone, results["name"])):
             rows.setdefault(name, {})[args["seed"]] = results  # of two alike the last counts
+    groups = {where: (baselines, dict(sorted(named.items(), key=share_kept)))
+              for where, (baselines, named) in groups.items()}
     if not groups:
         raise UserError("No finished run among the folders; pass some, as in runs/*.")
     if picture:

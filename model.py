@@ -224,8 +224,8 @@ class OneHead(nn.Module):
         """Gives neck and hidden layer `extra` channels more, for the tasks to come.
 
         New channels, and the output rows of tasks not in `learned`, read the backbone and new
-        channels; old ones read the backbone and old channels, and are held: their outputs stay
-        bit-identical, whatever is learned, as long as the backbone stands still.
+        channels; old ones read the backbone and old channels, and are held: from then
+        on their outputs stay bit-identical, as long as the backbone stands still.
         """
         self.held = []
         old = list(range(self.arch["width"]))

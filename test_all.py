@@ -2374,6 +2374,14 @@ def test_a_row_of_the_comparison_has_mean_and_spread_of_its_seeds(finished, two_
     assert rows[1][2] == f"{np.mean(values):.3f}±{np.std(values, ddof=1):.3f}"
 
 
+def test_rows_go_from_what_keeps_least_to_what_keeps_most(finished, tmp_path):
+    usual = write_run(tmp_path / "usual", finished[1])
+    nothing_left = finished[1] | {"final": dict.fromkeys(TASKS, 0)}
+    worse = write_run(tmp_path / "worse", nothing_left, replay_images=3)
+    first, second = rows_of(metrics.compare([usual, worse]))
+    assert "--replay-images 3" in first[0] and "--replay-images 3" not in second[0]
+
+
 def test_a_row_is_named_by_what_differs_from_the_defaults_stored_with_the_run(finished, tmp_path):
     results = finished[1] | {"args": finished[1]["defaults"] | {"seed": 0}}
     usual = write_run(tmp_path / "usual", results)

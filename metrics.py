@@ -224,7 +224,7 @@ def mean_and_spread(values, style):
 
 
 def share_kept(row):
-    """Of a row (name, {seed: results}): final scores over baselines, the mean of tasks and seeds."""
+    """Final scores over baselines of a row (name, {seed: results}), the mean of tasks and seeds."""
     return np.mean([r["final"][t] / max(r["baseline"][t], LEARNED[t])
                     for r in row[1].values() for t in TASKS])
 

@@ -535,8 +535,9 @@ def benchmark(args):
     p50, p95 = np.percentile(latency(model, args.device), (50, 95))
     if "cuda" in args.device:
         memory = torch.cuda.max_memory_allocated() / 2**30
-    else:  # of the process, in units of 1 KiB on Linux
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 if resource else 0.0
+    else:  # of the process, in bytes on macOS, in KiB on Linux
+        unit = 2**30 if sys.platform == "darwin" else 2**20
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit if resource else 0.0
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters:,} parameters, {p50:.0f} ms for a 512×512 image (p95 {p95:.0f}), "
           f"peak memory {memory:.2f} GiB, training images/s: "

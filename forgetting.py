@@ -36,7 +36,7 @@ STRENGTHS = {
     "ewc+lwf": dict(lwf_weight=[1, 0.3, 2], ewc_lambda=[0.5, 5, 10], shared_lr=[1, 2, 1]),
     "ewc+lwf from scratch": dict(shared_lr=[1, 1, 1]),  # twice that rate diverged
     "replay+lwf": dict(replay_teacher=[2, 2, 1], lwf_weight=[1, 2, 2]),
-    # Alone, nothing corrects the backbone's drift: it stands still
+    # Nothing corrects the backbone's drift, other than in the mix: it stands still
     "isolation": dict(shared_lr=[1, 0, 0]),
     # Only the backbone is shared, held by replay (in Stage 2) and LwF: so it may follow detection
     "replay+lwf+isolation": dict(replay_weight=[1, 0, 0], replay_teacher=[2, 0, 0],
@@ -150,9 +150,9 @@ class EWC(Remedy):
 
         L = L_new + Σ_old λ_old/2 Σ_i F_i (θ_i - θ*_i)²
 
-    θ* are the weights at the end of the old task's stage, F the diagonal of its empirical Fisher
-    information: at the true labels. Unlike the paper's, F is divided by its mean (means differ
-    thirtyfold between tasks): so λ is the mean stiffness of the springs.
+    θ* are the weights at the end of the old task's stage, F the diagonal of its Fisher information,
+    here the empirical one: at the true labels of its training images. Unlike in the paper F is
+    divided by its mean (means differ thirtyfold between tasks): so λ is the mean stiffness.
     """
     stores_weights = True
 

@@ -2,7 +2,7 @@
 
 To add one, write a class with those methods of `Remedy` that it needs, and enter it in REMEDIES
 before freeze and isolation, which change the model. Its flags, if any, go into
-`train.make_parser`, and those with three values also into the first row of STRENGTHS. Autograd
+`train.add_settings`, and those with three values also into the first row of STRENGTHS. Autograd
 does the rest.
 
 MAS (arXiv:1711.09601), for instance, is a child of EWC with its own `importance`. Copy that method
@@ -150,9 +150,9 @@ class EWC(Remedy):
 
         L = L_new + Σ_old λ_old/2 Σ_i F_i (θ_i - θ*_i)²
 
-    θ* are the weights at the end of the old task's stage, F the diagonal of its Fisher information,
-    here the empirical one: at the true labels of its training images. Unlike in the paper F is
-    divided by its mean (means differ thirtyfold between tasks): so λ is the mean stiffness.
+    θ* are the weights at the end of the old task's stage, F the diagonal of its Fisher
+    information, here the empirical one: at the true labels of its training images. Unlike in the
+    paper F is divided by its mean (means differ thirtyfold by task): λ is the mean stiffness.
     """
     stores_weights = True
 
@@ -167,8 +167,8 @@ class EWC(Remedy):
         self.terms[task] = fisher, flat(model.parameters()).detach()
 
     def importance(self, task, model, samples):
-        """1/N Σ_n (∂L(image n) / ∂θ)² -> a vector. One training image at a time (the square of
-        their mean gradient is another thing), augmented once, in eval mode."""
+        """1/N Σ_n (∂L(image n) / ∂θ)² -> a vector. One training image at a time (the square
+        of their mean gradient is another thing), augmented once, in eval mode."""
         fisher = torch.zeros_like(flat(model.parameters()))
         stored = take(samples.batch, slice(None), self.args.device)
         model.eval()

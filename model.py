@@ -308,8 +308,9 @@ def encode(boxes, cells):
 def detections(rows, floor=0.01, candidates=2000, iou=0.6, most=100):
     """One image's rows (N, 15) -> boxes (K, 4), scores (K,) in (0, 1], labels (K,), best first.
 
-    score = sigmoid(confidence) · softmax(class). Each class of a row is a candidate; the best 2,000
-    above the floor (low, for a precision-recall curve needs its tail) go through class-aware NMS.
+    score = sigmoid(confidence) · softmax(class). Each class of a row is a candidate. The best
+    2,000 above the floor go through class-aware NMS: a low one, for a precision-recall curve needs
+    its tail.
     """
     scores = rows[:, 4:5].sigmoid() * rows[:, 5:].softmax(1)  # (N, 10)
     best, at = scores.flatten().topk(min(candidates, scores.numel()))  # NMS is quadratic in them

@@ -119,7 +119,12 @@ def make_parser():
     add("--benchmark", action="store_true", help="measure size and speed on this machine")
     group.add_argument("--tasks", nargs="+", choices=[*TASKS, "all"], default=["all"],
                        help="which --eval measures")
+    add_settings(parser)
+    return parser
 
+
+def add_settings(parser):
+    """The flags that a published system or an experiment of one's own may change."""
     add = parser.add_argument_group("network").add_argument
     add("--backbone", choices=BACKBONES, default="mobilenet_v3_small", help="makes features")
     add("--taps", type=numbers(0, kind=int), nargs="+", help="blocks of the backbone that feed the "
@@ -161,7 +166,6 @@ def make_parser():
         "for all but the output layer, or for the backbone alone if the stage has own channels")
     add("--freeze", choices=["trunk", "neck"], default="trunk",
         help="what `freeze` holds after Stage 1: the backbone, or backbone and neck")
-    return parser
 
 
 def defaults_for(args):
@@ -313,19 +317,23 @@ def train_stage(model, task, run, remedies=(), shared_lr=1.0, file=None, title="
             row |= evaluate(model, {t: run.val[t] for t in measured}, args.device)
         row["seconds"] = time.perf_counter() - start
         history.append(row)
-        if file:  # keeps all that the rest of the stage depends on
-            states = {name: part.state_dict() for name, part in parts.items()}
-            gpu = [torch.cuda.get_rng_state()] if "cuda" in args.device else []
-            random = [torch.get_rng_state(), *gpu]
-            write_checkpoint(file, states | {"random": random, "history": history})
+        if file:
+            keep(file, parts, history, args.device)
         print(f"{task} epoch {epoch:3}/{args.epochs[stage]}  loss {loss:.4f}  "
               f"penalty {penalty:.4f}  lr {lr:.1e}  {speed:.0f} images/s  {run.time_left()} left",
               flush=True)
     return history
 
 
+def keep(file, parts, history, device):
+    """Writes all that the rest of a stage depends on. parts: {name: what has a state_dict}."""
+    states = {name: part.state_dict() for name, part in parts.items()}
+    gpu = [torch.cuda.get_rng_state()] if "cuda" in device else []
+    write_checkpoint(file, states | {"random": [torch.get_rng_state(), *gpu], "history": history})
+
+
 def restore(file, parts):
-    """Puts back what `train_stage` kept -> the history; [] if there is no readable file."""
+    """Puts back what `keep` wrote -> the history; [] if there is no readable file."""
     try:
         saved = read_checkpoint(file)
     except UserError:
